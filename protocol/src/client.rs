@@ -1,0 +1,695 @@
+//! The follower's end of one connection.
+//!
+//! ```text
+//!           Welcome            handle_diff              SyncStart            SyncSeq
+//!   Hello ──────────── Relay ────────────── PreDiff ────────────── Diff ────────────── PostDiff
+//!                        ^                     │                     │                     │
+//!                        └──── SyncAbort ──────┴───── SyncAbort ─────┴ SyncAbort, SyncDone ┘
+//!   any state ── Refuse, Farewell, a message that must not come ── Closed
+//! ```
+//!
+//! | state \ message | `Welcome` | `Refuse` | `Farewell` | `Live` | `FellBehind` | `SyncStart` | `SyncRequest` | `SyncSeq` | `Repair` | `SyncDone` | `SyncAbort` | `Verify` | `Ping` | `Pong` |
+//! |---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|
+//! | Hello | accept | accept | close | close | close | close | close | close | close | close | close | close | accept | accept |
+//! | Relay | close | close | accept | accept | accept | close | close | close | close | close | close | accept | accept | accept |
+//! | PreDiff | close | close | accept | accept | accept | accept | close | close | close | close | accept | accept | accept | accept |
+//! | Diff | close | close | accept | accept | close | close | accept | accept | close | close | accept | accept | accept | accept |
+//! | PostDiff | close | close | accept | accept | close | close | close | close | accept | accept | accept | accept | accept | accept |
+//! | Closed | ignore | ignore | ignore | ignore | ignore | ignore | ignore | ignore | ignore | ignore | ignore | ignore | ignore | ignore |
+//!
+//! *Accept* still closes on what only a broken server says: a number of another diff, a live change
+//! that does not follow the one before it, more repairs than announced. `FellBehind` comes after
+//! the abort of a diff that ran, so it does not come in Diff and PostDiff.
+//!
+//! Live changes are applied in every state, in their order, each once. What makes repairs right
+//! beside them is the server's to keep, and is argued in [`server`](crate::server).
+//!
+//! # The position
+//!
+//! The stream's place (revision and chain) follows every live change. It is the *table's* place
+//! only while nothing is missing: from a connection in the middle of a history, or a jump, until
+//! a `SyncDone`, the position is void ([`Session::position`] is `None`), and such a follower is never
+//! resumed from it.
+
+use std::collections::VecDeque;
+use std::time::Duration;
+
+use crate::change::Change;
+use crate::diff::Query;
+use crate::error::{DecodeError, ProtocolError};
+use crate::heartbeat::{Beat, Heartbeat, HeartbeatConfig};
+use crate::limits::{HANDSHAKE_FRAME_BYTES, Limits};
+use crate::message::{AbortReason, DiffId, Reason, ToClient, ToServer};
+use crate::position::{Chain, ChainTag, Digest, Epoch, Position, Revision};
+use crate::server::Close;
+use crate::tree::{Hash, KeyPrefix, TREE_VERSION, Tree};
+use crate::wire::{Message, Raw, VERSION};
+
+/// The follower's end of one connection, without the connection.
+///
+/// The contract: after every `handle_*` call [`Session::poll_output`] until there is none, and do what
+/// it says in that order. Applying and snapshots are outputs too, so that a snapshot is taken at
+/// the very place in the stream that it is of.
+///
+/// ```
+/// use std::time::Duration;
+/// use tablecast_protocol::client::{Output, Session};
+/// use tablecast_protocol::{HeartbeatConfig, Limits, ToServer};
+///
+/// let heartbeat = HeartbeatConfig::default();
+/// let mut session = Session::new("edge-1", Limits::default(), heartbeat, None, Duration::ZERO);
+/// assert!(matches!(session.poll_output(), Some(Output::Send(ToServer::Hello { .. }))));
+/// assert_eq!(session.poll_output(), None);
+/// ```
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Session {
+    limits: Limits,
+    state: State,
+    /// Where the stream stands; `None` before `Welcome`.
+    stream: Option<Position>,
+    /// Nothing is missing up to the stream's place.
+    whole: bool,
+    /// How many `FellBehind` there were.
+    jumps: u32,
+    last_diff: DiffId,
+    /// The mark behind the last diff, until both roots are there.
+    check: Option<Check>,
+    heartbeat: Heartbeat,
+    outputs: VecDeque<Output>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+enum State {
+    Hello,
+    Relay,
+    /// The snapshot is taken; its root is being computed (not yet `asked`), or asked with.
+    PreDiff {
+        diff: Running,
+        asked: bool,
+        jumps: u32,
+    },
+    Diff {
+        diff: Running,
+        answering: bool,
+    },
+    PostDiff {
+        diff: Running,
+        writes_left: u64,
+        deletes_left: u64,
+    },
+    Closed,
+}
+
+/// A diff under way.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+struct Running {
+    id: DiffId,
+    full: bool,
+    /// What is walked.
+    tree: Tree,
+    counts: Counts,
+}
+
+/// What a diff did to this follower.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct Counts {
+    /// Queries of the walk; 1 if the roots that came with the asking were enough.
+    pub rounds: u32,
+    /// Keys written by repairs.
+    pub written: u64,
+    /// Keys deleted by repairs.
+    pub deleted: u64,
+    /// Keys left out because they were updated meanwhile.
+    pub suppressed: u64,
+    /// Keys that could not be repaired: the server could not read them, or this store refused them.
+    pub failed: u64,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+struct Check {
+    diff: DiffId,
+    counts: Counts,
+    mark: Revision,
+    ours: Option<Hash>,
+    theirs: Option<Hash>,
+}
+
+/// Where a root belongs that was asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum RootOf {
+    /// To a diff that is about to be asked for.
+    Diff(DiffId),
+    /// To a mark in the stream.
+    Mark(Revision),
+}
+
+/// What the actor must do, in this order.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub enum Output {
+    /// Send this.
+    Send(ToServer),
+    /// The handshake is through: every change behind this place will come. Diff now.
+    Connected(Position),
+    /// Apply these live changes; `first` is the revision of the first.
+    Apply {
+        /// Its revision; the others follow.
+        first: Revision,
+        /// Each with its hashes.
+        changes: Vec<(Change, Digest)>,
+    },
+    /// Apply these repairs, then [`Session::handle_repaired`].
+    Repair {
+        /// Of which diff.
+        diff: DiffId,
+        /// Each with its hashes.
+        changes: Vec<(Change, Digest)>,
+    },
+    /// Answer this from the snapshot, away from everything else, then [`Session::handle_answer`].
+    Answer {
+        /// Of which diff.
+        diff: DiffId,
+        /// The snapshot.
+        tree: Tree,
+        /// What is asked.
+        query: Query,
+    },
+    /// Compute the root of this snapshot away from everything else, then [`Session::handle_root`].
+    Root(DiffId, Tree),
+    /// Snapshot the table *now* and compute the root away from everything else, then
+    /// [`Session::handle_root`].
+    Mark(Revision),
+    /// A diff is done, and both ends' roots at its end are known.
+    DiffDone {
+        /// Which.
+        diff: DiffId,
+        /// What it did.
+        counts: Counts,
+        /// Our root at the end.
+        root: Hash,
+        /// The server's there.
+        server_root: Hash,
+    },
+    /// A diff ended early.
+    DiffAborted {
+        /// Which.
+        diff: DiffId,
+        /// Why.
+        reason: AbortReason,
+    },
+    /// Changes were missed; the stream goes on behind this place. Diff now.
+    FellBehind(Revision),
+    /// The connection ends, after what was sent so far.
+    Close(Close),
+}
+
+/// Why a diff cannot begin.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, thiserror::Error)]
+#[non_exhaustive]
+pub enum NotNow {
+    /// One is under way.
+    #[error("a diff is under way already")]
+    AlreadyDiffing,
+    /// There is no connection with its handshake through.
+    #[error("not connected")]
+    Disconnected,
+}
+
+impl Session {
+    /// A session on a fresh connection: says Hello. `now` is counted from whatever the caller likes.
+    pub fn new(
+        name: &str,
+        limits: Limits,
+        heartbeat: HeartbeatConfig,
+        position: Option<Position>,
+        now: Duration,
+    ) -> Self {
+        let hello = ToServer::hello(name, &limits, position);
+        Self {
+            limits,
+            state: State::Hello,
+            stream: None,
+            whole: false,
+            jumps: 0,
+            last_diff: DiffId(0),
+            check: None,
+            heartbeat: Heartbeat::new(heartbeat, now),
+            outputs: VecDeque::from([Output::Send(hello)]),
+        }
+    }
+
+    // What comes from the peer.
+
+    /// A message arrived.
+    pub fn handle_message(&mut self, message: ToClient, now: Duration) {
+        self.heartbeat.heard(now);
+        if let Err(error) = self.accept(message) {
+            self.close(Reason::Protocol, error.to_string());
+        }
+    }
+
+    /// Bytes arrived that are not a whole message yet: the peer is alive.
+    pub fn handle_heard(&mut self, now: Duration) {
+        self.heartbeat.heard(now);
+    }
+
+    /// A frame arrived that is no message.
+    pub fn handle_malformed(&mut self, error: &DecodeError) {
+        let version = matches!(error, DecodeError::Version { .. });
+        let reason = if version { Reason::Version } else { Reason::Protocol };
+        self.close(reason, error.to_string());
+    }
+
+    fn accept(&mut self, message: ToClient) -> Result<(), ProtocolError> {
+        let state = std::mem::replace(&mut self.state, State::Closed);
+        if matches!(state, State::Closed) {
+            return Ok(());
+        }
+        let got = message.name();
+        let unexpected = Err(ProtocolError::Unexpected { state: state.name(), got });
+        self.state = match (state, message) {
+            (State::Hello, welcome @ ToClient::Welcome { .. }) => return self.welcome(welcome),
+            (State::Hello, ToClient::Refuse { reason, text })
+            | (
+                State::Relay | State::PreDiff { .. } | State::Diff { .. } | State::PostDiff { .. },
+                ToClient::Farewell { reason, text },
+            ) => {
+                self.outputs.push_back(Output::Close(Close::Peer { reason, text }));
+                return Ok(());
+            }
+            (state, ToClient::Ping {}) => {
+                self.outputs.push_back(Output::Send(ToServer::Pong {}));
+                state
+            }
+            (state, ToClient::Pong {}) => state,
+            (State::Hello, _) => return unexpected,
+            (state, ToClient::Live { first, before, changes }) => {
+                self.follow(first, before, changes.0)?;
+                state
+            }
+            (state, ToClient::Verify { revision, root }) => {
+                self.verify(revision, root)?;
+                state
+            }
+            (state, ToClient::FellBehind { jumps, revision, chain }) => {
+                return self.fell_behind(state, jumps, revision, chain, unexpected);
+            }
+            (
+                State::PreDiff { diff, .. }
+                | State::Diff { diff, .. }
+                | State::PostDiff { diff, .. },
+                ToClient::SyncAbort { diff: id, reason },
+            ) if id == diff.id => {
+                self.outputs.push_back(Output::DiffAborted { diff: id, reason });
+                State::Relay
+            }
+            (State::PreDiff { diff, asked: true, .. }, ToClient::SyncStart { diff: id })
+                if id == diff.id =>
+            {
+                State::Diff { diff, answering: false }
+            }
+            (state @ State::Diff { .. }, message) => self.walked(state, message, unexpected)?,
+            (state @ State::PostDiff { .. }, message) => {
+                self.repaired(state, message, unexpected)?
+            }
+            (State::Relay | State::PreDiff { .. } | State::Closed, _) => return unexpected,
+        };
+        Ok(())
+    }
+
+    fn welcome(&mut self, welcome: ToClient) -> Result<(), ProtocolError> {
+        let ToClient::Welcome {
+            version,
+            tree,
+            epoch,
+            revision,
+            chain,
+            frame_bytes: frame,
+            key_bytes: key,
+            value_bytes: value,
+        } = welcome
+        else {
+            return Ok(());
+        };
+        let Limits { frame_bytes, key_bytes, value_bytes, .. } = self.limits;
+        if version != VERSION {
+            let theirs = DecodeError::Version { theirs: version, ours: VERSION };
+            self.close(Reason::Version, theirs.to_string());
+        } else if tree != TREE_VERSION {
+            let text = format!("peer has tree version {tree}, this end {TREE_VERSION}");
+            self.close(Reason::Tree, text);
+        } else if frame > frame_bytes as u64 || key > key_bytes as u64 || value > value_bytes as u64
+        {
+            return Err(ProtocolError::Limits { frame, key, value });
+        } else {
+            let at = Position { epoch, revision, chain };
+            self.state = State::Relay;
+            self.stream = Some(at);
+            self.outputs.push_back(Output::Connected(at));
+        }
+        Ok(())
+    }
+
+    /// Live changes: exactly those that come next, of exactly this history.
+    fn follow(
+        &mut self,
+        first: Revision,
+        before: ChainTag,
+        changes: Vec<Change>,
+    ) -> Result<(), ProtocolError> {
+        let stream = self.stream.as_mut().expect("the stream has a place since Welcome");
+        if first != stream.revision.next() {
+            return Err(ProtocolError::Gap { expected: stream.revision.next().0, got: first.0 });
+        }
+        if before != stream.chain.tag() {
+            return Err(ProtocolError::Chain { revision: stream.revision.0 });
+        }
+        let changes: Vec<(Change, Digest)> = changes.into_iter().map(digested).collect();
+        stream.revision = stream.revision.plus(changes.len() as u64);
+        stream.chain = changes.iter().fold(stream.chain, |chain, (_, digest)| chain.fold(digest));
+        self.outputs.push_back(Output::Apply { first, changes });
+        Ok(())
+    }
+
+    fn fell_behind(
+        &mut self,
+        state: State,
+        jumps: u32,
+        revision: Revision,
+        chain: Chain,
+        unexpected: Result<(), ProtocolError>,
+    ) -> Result<(), ProtocolError> {
+        let stream = self.stream.as_mut().expect("the stream has a place since Welcome");
+        if jumps != self.jumps.wrapping_add(1) || revision < stream.revision {
+            let (revision, stands) = (revision.0, stream.revision.0);
+            return Err(ProtocolError::Revision { got: "FellBehind", revision, stands });
+        }
+        (stream.revision, stream.chain) = (revision, chain);
+        self.whole = false;
+        self.jumps = jumps;
+        self.outputs.push_back(Output::FellBehind(revision));
+        self.state = match state {
+            // Nobody has been asked yet, and the snapshot is from before the gap.
+            State::PreDiff { diff, asked: false, .. } => {
+                let reason = AbortReason::FellBehind;
+                self.outputs.push_back(Output::DiffAborted { diff: diff.id, reason });
+                State::Relay
+            }
+            // The server will refuse it: it was asked for before the jump was known.
+            State::Relay | State::PreDiff { .. } => state,
+            State::Hello | State::Diff { .. } | State::PostDiff { .. } | State::Closed => {
+                return unexpected;
+            }
+        };
+        Ok(())
+    }
+
+    /// A message in Diff.
+    fn walked(
+        &mut self,
+        state: State,
+        message: ToClient,
+        unexpected: Result<(), ProtocolError>,
+    ) -> Result<State, ProtocolError> {
+        match (state, message) {
+            (
+                State::Diff { mut diff, answering: false },
+                ToClient::SyncRequest { diff: id, query },
+            ) if id == diff.id => {
+                query.paths()?;
+                diff.counts.rounds += 1;
+                let tree = diff.tree.clone();
+                self.outputs.push_back(Output::Answer { diff: id, tree, query });
+                Ok(State::Diff { diff, answering: true })
+            }
+            (
+                State::Diff { mut diff, answering: false },
+                ToClient::SyncSeq { diff: id, writes, deletes },
+            ) if id == diff.id => {
+                diff.counts.rounds = diff.counts.rounds.max(1);
+                Ok(State::PostDiff { diff, writes_left: writes, deletes_left: deletes })
+            }
+            (state, _) => unexpected.map(|()| state),
+        }
+    }
+
+    /// A message in PostDiff.
+    fn repaired(
+        &mut self,
+        state: State,
+        message: ToClient,
+        unexpected: Result<(), ProtocolError>,
+    ) -> Result<State, ProtocolError> {
+        match (state, message) {
+            (
+                State::PostDiff { mut diff, writes_left, deletes_left },
+                ToClient::Repair { diff: id, writes, prefix_bytes, deletes: Raw(deletes) },
+            ) if id == diff.id => {
+                let answer = |why| ProtocolError::Answer { why };
+                let writes = writes.0;
+                let width = usize::from(prefix_bytes).max(1);
+                let prefixes = (deletes.len() / width) as u64;
+                let left = (
+                    writes_left.checked_sub(writes.len() as u64),
+                    deletes_left.checked_sub(prefixes),
+                );
+                let (Some(writes_left), Some(deletes_left)) = left else {
+                    return Err(answer("there are more repairs than announced"));
+                };
+                if writes.iter().any(|change| change.value().is_none()) {
+                    return Err(answer("a repair deletes a key by its name"));
+                }
+                if !deletes.len().is_multiple_of(width) {
+                    return Err(answer("the prefixes of a repair do not fill their bytes"));
+                }
+                diff.counts.written += writes.len() as u64;
+                let mut changes: Vec<_> = writes.into_iter().map(digested).collect();
+                for prefix in deletes.chunks_exact(width) {
+                    let prefix = KeyPrefix::new(prefix)
+                        .ok_or(answer("a prefix is longer than a key's hash"))?;
+                    // Of the snapshot that was walked, not of the table as it is now.
+                    changes.extend(diff.tree.get_prefix(prefix).map(|entry| {
+                        let key = bytes::Bytes::copy_from_slice(entry.key());
+                        diff.counts.deleted += 1;
+                        (Change::Delete { key }, Digest { key: *entry.key_hash(), entry: None })
+                    }));
+                }
+                self.outputs.push_back(Output::Repair { diff: id, changes });
+                Ok(State::PostDiff { diff, writes_left, deletes_left })
+            }
+            (
+                State::PostDiff { mut diff, .. },
+                ToClient::SyncDone { diff: id, revision, chain, suppressed, failed },
+            ) if id == diff.id => {
+                let stream = self.stream.as_ref().expect("the stream has a place since Welcome");
+                if revision != stream.revision {
+                    let (got, stands) = ("SyncDone", stream.revision.0);
+                    return Err(ProtocolError::Revision { got, revision: revision.0, stands });
+                }
+                if chain != stream.chain.tag() {
+                    return Err(ProtocolError::Chain { revision: revision.0 });
+                }
+                // A key that could not be repaired is missing still.
+                self.whole = diff.counts.failed + failed == 0;
+                diff.counts.suppressed = suppressed;
+                diff.counts.failed += failed;
+                let (diff, counts) = (diff.id, diff.counts);
+                self.check = Some(Check { diff, counts, mark: revision, ours: None, theirs: None });
+                self.outputs.push_back(Output::Mark(revision));
+                Ok(State::Relay)
+            }
+            (state, _) => unexpected.map(|()| state),
+        }
+    }
+
+    fn verify(&mut self, revision: Revision, root: Hash) -> Result<(), ProtocolError> {
+        match &mut self.check {
+            Some(check) if check.mark == revision && check.theirs.is_none() => {
+                check.theirs = Some(root);
+                self.compare();
+                Ok(())
+            }
+            Some(_) | None => {
+                let stands = self.stream.map_or(0, |stream| stream.revision.0);
+                Err(ProtocolError::Revision { got: "Verify", revision: revision.0, stands })
+            }
+        }
+    }
+
+    fn compare(&mut self) {
+        if let Some(Check { diff, counts, mark, ours: Some(root), theirs: Some(server_root) }) =
+            self.check.take_if(|check| check.ours.is_some() && check.theirs.is_some())
+        {
+            self.outputs.push_back(Output::Send(ToServer::Verified { revision: mark, root }));
+            self.outputs.push_back(Output::DiffDone { diff, counts, root, server_root });
+        }
+    }
+
+    // What comes from the client.
+
+    /// Begins a diff of this snapshot of the table as it is now. `full` compares full-width hashes,
+    /// as after a mismatch.
+    ///
+    /// # Errors
+    /// If one is under way (until its report is out), or there is no connection.
+    pub fn handle_diff(&mut self, tree: Tree, full: bool) -> Result<DiffId, NotNow> {
+        match self.state {
+            State::Relay if self.check.is_none() => {}
+            State::Relay | State::PreDiff { .. } | State::Diff { .. } | State::PostDiff { .. } => {
+                return Err(NotNow::AlreadyDiffing);
+            }
+            State::Hello | State::Closed => return Err(NotNow::Disconnected),
+        }
+        self.last_diff = DiffId(self.last_diff.0.wrapping_add(1));
+        let id = self.last_diff;
+        self.outputs.push_back(Output::Root(id, tree.clone()));
+        let diff = Running { id, full, tree, counts: Counts::default() };
+        self.state = State::PreDiff { diff, asked: false, jumps: self.jumps };
+        Ok(id)
+    }
+
+    /// A root that was asked for by [`Output::Root`] or [`Output::Mark`].
+    pub fn handle_root(&mut self, of: RootOf, root: Hash) {
+        match of {
+            RootOf::Diff(id) => {
+                if let State::PreDiff { diff, asked, jumps } = &mut self.state
+                    && diff.id == id
+                    && !*asked
+                {
+                    *asked = true;
+                    let (full, len) = (diff.full, diff.tree.len() as u64);
+                    let request = ToServer::SyncReq { diff: id, jumps: *jumps, full, root, len };
+                    self.outputs.push_back(Output::Send(request));
+                }
+            }
+            RootOf::Mark(revision) => {
+                if let Some(check) = self.check.as_mut().filter(|check| check.mark == revision) {
+                    check.ours = Some(root);
+                    self.compare();
+                }
+            }
+        }
+    }
+
+    /// The answer that [`Output::Answer`] asked for.
+    pub fn handle_answer(&mut self, diff: DiffId, answer: crate::diff::Answer) {
+        if let State::Diff { diff: at, answering } = &mut self.state
+            && at.id == diff
+            && std::mem::take(answering)
+        {
+            let answer = Raw(answer);
+            self.outputs.push_back(Output::Send(ToServer::SyncResponse { diff, answer }));
+        }
+    }
+
+    /// The repairs of [`Output::Repair`] have been applied, but for those that the store refused.
+    pub fn handle_repaired(&mut self, diff: DiffId, refused_writes: u32, refused_deletes: u32) {
+        if matches!(self.state, State::Hello | State::Closed) {
+            return;
+        }
+        let failed = refused_writes + refused_deletes;
+        self.whole &= failed == 0;
+        if let State::PostDiff { diff: at, .. } = &mut self.state
+            && at.id == diff
+        {
+            at.counts.written = at.counts.written.saturating_sub(u64::from(refused_writes));
+            at.counts.deleted = at.counts.deleted.saturating_sub(u64::from(refused_deletes));
+            at.counts.failed += u64::from(failed);
+        }
+        self.outputs.push_back(Output::Send(ToServer::RepairAck { diff, failed }));
+    }
+
+    /// The store refused a live change of [`Output::Apply`]: the table is not whole until a diff.
+    pub fn handle_refused(&mut self) {
+        self.whole = false;
+    }
+
+    // Time, and the end.
+
+    /// When to call [`Session::handle_timeout`] next; `None` when closed.
+    pub fn poll_timeout(&self) -> Option<Duration> {
+        (!matches!(self.state, State::Closed)).then(|| self.heartbeat.next())
+    }
+
+    /// It is this late now.
+    pub fn handle_timeout(&mut self, now: Duration) {
+        if matches!(self.state, State::Closed) {
+            return;
+        }
+        match self.heartbeat.beat(now) {
+            Beat::Quiet => {}
+            // A server that is not ready yet has not read Hello: silence is counted all the same.
+            Beat::Ping if matches!(self.state, State::Hello) => {}
+            Beat::Ping => self.outputs.push_back(Output::Send(ToServer::Ping {})),
+            Beat::Dead => self.close(Reason::Silent, String::new()),
+        }
+    }
+
+    /// The connection is to end, for this reason: says so.
+    pub fn handle_close(&mut self, reason: Reason, text: impl Into<String>) {
+        if !matches!(self.state, State::Closed) {
+            self.close(reason, text.into());
+        }
+    }
+
+    fn close(&mut self, reason: Reason, text: String) {
+        self.state = State::Closed;
+        let farewell = ToServer::Farewell { reason, text: text.clone() };
+        self.outputs.push_back(Output::Send(farewell));
+        self.outputs.push_back(Output::Close(Close::Here { reason, text }));
+    }
+
+    // What can be asked.
+
+    /// What to do next.
+    pub fn poll_output(&mut self) -> Option<Output> {
+        self.outputs.pop_front()
+    }
+
+    /// The name of the state, as in the table above.
+    pub fn state(&self) -> &'static str {
+        self.state.name()
+    }
+
+    /// Where the stream stands; `None` before the handshake is through.
+    pub fn stream(&self) -> Option<Position> {
+        self.stream
+    }
+
+    /// Where the table stands; `None` while that is void.
+    pub fn position(&self) -> Option<Position> {
+        self.stream.filter(|_| self.whole)
+    }
+
+    /// The history that is followed; `None` before the handshake is through.
+    pub fn epoch(&self) -> Option<Epoch> {
+        self.stream.map(|stream| stream.epoch)
+    }
+
+    /// How large a frame the peer may send now.
+    pub fn max_frame_bytes(&self) -> usize {
+        match self.state {
+            State::Hello | State::Closed => HANDSHAKE_FRAME_BYTES,
+            State::Relay | State::PreDiff { .. } | State::Diff { .. } | State::PostDiff { .. } => {
+                self.limits.frame_bytes
+            }
+        }
+    }
+}
+
+impl State {
+    fn name(&self) -> &'static str {
+        match self {
+            Self::Hello => "Hello",
+            Self::Relay => "Relay",
+            Self::PreDiff { .. } => "PreDiff",
+            Self::Diff { .. } => "Diff",
+            Self::PostDiff { .. } => "PostDiff",
+            Self::Closed => "Closed",
+        }
+    }
+}
+
+fn digested(change: Change) -> (Change, Digest) {
+    let digest = Digest::of(&change);
+    (change, digest)
+}

@@ -1,0 +1,283 @@
+//! The asking side: one query in flight, one level at a time.
+
+use bytes::Bytes;
+
+use super::answer::cut;
+use super::{Answer, Difference, Query, SMALL, Widths};
+use crate::change::Key;
+use crate::error::ProtocolError;
+use crate::tree::{Entry, Hash, KeyPrefix, Path, Subtree, Tree};
+
+/// Most nodes in one query: their paths take up to 16 MiB at the greatest depth, 3 MiB at the
+/// depth at which a table can have so many.
+const MAX_NODES: usize = 1 << 20;
+
+/// A table of at least this many keys has its first two levels asked for at once: they are full,
+/// and cost 1.5 kB. A smaller one is through in two rounds anyway.
+const TWO_LEVELS: u64 = 4096;
+
+/// A walk over a snapshot of the server's tree against that of a follower.
+///
+/// ```
+/// use tablecast_protocol::Tree;
+/// use tablecast_protocol::diff::{Step, Walk, answer};
+///
+/// let server = Tree::build((0..1000).map(|n: u32| (n.to_be_bytes(), "value")));
+/// let mut follower = server.clone();
+/// follower.remove(&7_u32.to_be_bytes());
+/// follower.insert(b"extra", b"value");
+///
+/// let (mut walk, mut step) = Walk::new(server, follower.root(), follower.len() as u64, false);
+/// let difference = loop {
+///     match step {
+///         Step::Ask(query) => {
+///             let answer = answer(&follower, &query, 1 << 20).unwrap();
+///             step = walk.handle_answer(&answer).unwrap();
+///         }
+///         Step::Done(difference) => break difference,
+///     }
+/// };
+/// assert_eq!(difference.writes, [&7_u32.to_be_bytes()[..]]);
+/// assert_eq!(difference.deletes.len(), 1);
+/// ```
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Walk {
+    tree: Tree,
+    widths: Widths,
+    small: u32,
+    levels: u8,
+    /// The nodes of the query in flight, all at one depth.
+    asked: Vec<Path>,
+    /// Nodes found to differ below those, to be asked for when all of them are answered.
+    below: Vec<Path>,
+    found: Difference,
+}
+
+/// What a walk does next.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub enum Step {
+    /// Wait for the answer to this query.
+    Ask(Query),
+    /// It is done.
+    Done(Difference),
+}
+
+impl Walk {
+    /// Begins a walk against a follower whose snapshot has this root and length, and decides the
+    /// first step. Equal roots and an empty follower end it at once: what `SyncReq` brought is
+    /// enough.
+    pub fn new(tree: Tree, root: Hash, len: u64, full: bool) -> (Self, Step) {
+        let widths = if full { Widths::FULL } else { Widths::SHORT };
+        // Everything the follower has is to go: its entries at once, as far as an answer holds.
+        let small = if tree.is_empty() { u32::MAX } else { SMALL };
+        let levels = if len.max(tree.len() as u64) < TWO_LEVELS { 1 } else { 2 };
+        let mut walk = Self {
+            tree,
+            widths,
+            small,
+            levels,
+            asked: Vec::new(),
+            below: Vec::new(),
+            found: Difference::default(),
+        };
+        if walk.tree.root() != root {
+            if len == 0 {
+                let Self { tree, found, .. } = &mut walk;
+                found.writes.extend(tree.iter().map(key_of));
+            } else {
+                walk.asked.push(Path::ROOT);
+            }
+        }
+        let step = walk.step();
+        (walk, step)
+    }
+
+    /// Compares an answer with the tree, and decides the next step.
+    ///
+    /// Ends after at most [`Path::MAX_DEPTH`] levels: every query but one for what an answer had
+    /// no room for asks below the one before it, and every answer covers a node at the least.
+    ///
+    /// # Errors
+    /// If the answer is malformed. The walk is of no use then.
+    pub fn handle_answer(&mut self, answer: &Answer) -> Result<Step, ProtocolError> {
+        let mut reader = Reader { bytes: answer };
+        let mut answered = 0;
+        let asked = std::mem::take(&mut self.asked);
+        while !reader.bytes.is_empty() {
+            let path = asked.get(answered).ok_or(malformed("it covers more nodes than asked"))?;
+            answered += 1;
+            let ours = self.tree.subtree(path);
+            let Self { widths, levels, below, found, .. } = self;
+            match reader.varint()?.checked_sub(1) {
+                Some(count) => {
+                    let theirs = reader.entries(count, path, *widths)?;
+                    compare(ours, &theirs, *widths, found)?;
+                }
+                None => {
+                    let levels = *levels;
+                    compare_children(&mut reader, path, ours, levels, *widths, below, found)?;
+                }
+            }
+        }
+        if answered == 0 && !asked.is_empty() {
+            return Err(malformed("it covers no node"));
+        }
+        self.asked = asked.get(answered..).unwrap_or_default().to_vec();
+        if self.asked.is_empty() {
+            self.asked = std::mem::take(&mut self.below);
+            self.levels = 1;
+        }
+        Ok(self.step())
+    }
+
+    fn step(&mut self) -> Step {
+        let Some(first) = self.asked.first() else {
+            return Step::Done(std::mem::take(&mut self.found));
+        };
+        let asked = self.asked.iter().take(MAX_NODES);
+        Step::Ask(Query {
+            depth: u8::try_from(first.depth()).unwrap_or(u8::MAX),
+            levels: self.levels,
+            small: self.small,
+            widths: self.widths,
+            nodes: asked.flat_map(|path| path.packed()).copied().collect(),
+        })
+    }
+}
+
+fn malformed(why: &'static str) -> ProtocolError {
+    ProtocolError::Answer { why }
+}
+
+fn key_of(entry: &Entry) -> Key {
+    Bytes::copy_from_slice(entry.key())
+}
+
+/// Compares the hashes of a node's children, `levels` deep, with ours: equal ones are done with,
+/// what the follower lacks is written, and the rest is asked for next.
+fn compare_children(
+    reader: &mut Reader<'_>,
+    path: &Path,
+    ours: Subtree<'_>,
+    levels: u8,
+    widths: Widths,
+    below: &mut Vec<Path>,
+    found: &mut Difference,
+) -> Result<(), ProtocolError> {
+    let present = u16::from_be_bytes(reader.array()?);
+    if present == 0 {
+        return Err(malformed("a node with many entries has no child"));
+    }
+    for nibble in 0..16 {
+        let path = path.child(nibble).ok_or(malformed("it is deeper than a hash is long"))?;
+        let ours = ours.child(&path);
+        if present & (1 << nibble) == 0 {
+            found.writes.extend(ours.iter().map(key_of));
+        } else if levels > 1 && path.depth() < Path::MAX_DEPTH {
+            compare_children(reader, &path, ours, levels - 1, widths, below, found)?;
+        } else {
+            let theirs = reader.take(usize::from(widths.node))?;
+            if ours.hash().is_none_or(|ours| cut(ours.as_bytes(), widths.node) != theirs) {
+                below.push(path);
+            }
+        }
+    }
+    Ok(())
+}
+
+/// An entry as an answer holds it.
+struct Theirs<'a> {
+    prefix: KeyPrefix,
+    entry: &'a [u8],
+}
+
+/// Compares all entries of a subtree. Both sides are in the order of the keys' hashes; those that
+/// share a prefix are compared as a group.
+fn compare(
+    ours: Subtree<'_>,
+    theirs: &[Theirs<'_>],
+    widths: Widths,
+    found: &mut Difference,
+) -> Result<(), ProtocolError> {
+    if !theirs.is_sorted_by_key(|entry| entry.prefix) {
+        return Err(malformed("entries are not in the order of their keys' hashes"));
+    }
+    let mut ours = ours.iter().peekable();
+    for group in theirs.chunk_by(|a, b| a.prefix == b.prefix) {
+        let Some(Theirs { prefix, .. }) = group.first() else { continue };
+        let before =
+            |entry: &&Entry| entry.key_hash() < prefix.first() && !prefix.covers(entry.key_hash());
+        while let Some(missing) = ours.next_if(|entry| before(entry)) {
+            found.writes.push(key_of(missing));
+        }
+        let mut known = false;
+        while let Some(entry) = ours.next_if(|entry| prefix.covers(entry.key_hash())) {
+            known = true;
+            let hash = cut(entry.hash().as_bytes(), widths.entry);
+            if group.iter().all(|theirs| theirs.entry != hash) {
+                found.writes.push(key_of(entry));
+            }
+        }
+        if !known {
+            found.deletes.push(*prefix);
+        }
+    }
+    found.writes.extend(ours.map(key_of));
+    Ok(())
+}
+
+/// What is left of an answer.
+struct Reader<'a> {
+    bytes: &'a [u8],
+}
+
+impl<'a> Reader<'a> {
+    fn take(&mut self, count: usize) -> Result<&'a [u8], ProtocolError> {
+        let (taken, left) = self.bytes.split_at_checked(count).ok_or(malformed("it is cut off"))?;
+        self.bytes = left;
+        Ok(taken)
+    }
+
+    fn array<const N: usize>(&mut self) -> Result<[u8; N], ProtocolError> {
+        self.take(N)?.try_into().map_err(|_| malformed("it is cut off"))
+    }
+
+    fn varint(&mut self) -> Result<u64, ProtocolError> {
+        let mut number = 0;
+        for shift in [0, 7, 14, 21, 28] {
+            let [byte] = self.array()?;
+            number |= u64::from(byte & 0x7f) << shift;
+            if byte & 0x80 == 0 {
+                return Ok(number);
+            }
+        }
+        Err(malformed("a count has more than five bytes"))
+    }
+
+    fn entries(
+        &mut self,
+        count: u64,
+        path: &Path,
+        widths: Widths,
+    ) -> Result<Vec<Theirs<'a>>, ProtocolError> {
+        let part = widths.key_part(path.depth()).len();
+        let size = part + usize::from(widths.entry);
+        let count = usize::try_from(count).unwrap_or(usize::MAX);
+        let bytes = self.take(count.saturating_mul(size))?;
+        let known = usize::from(widths.key) - part;
+        let told = path.packed().get(..known).ok_or(malformed("the path tells less"))?;
+        bytes
+            .chunks_exact(size)
+            .map(|entry| {
+                let (key, entry) =
+                    entry.split_at_checked(part).ok_or(malformed("it is cut off"))?;
+                let prefix = KeyPrefix::joined(told, key).ok_or(malformed("a key has no hash"))?;
+                // An odd path tells half of a byte that the answer repeats.
+                if part > 0 && !path.covers(prefix.first()) {
+                    return Err(malformed("an entry is not below its node"));
+                }
+                Ok(Theirs { prefix, entry })
+            })
+            .collect()
+    }
+}

@@ -1,0 +1,131 @@
+//! How large things may be. Arguments, never globals: each end states its own in the handshake.
+
+/// The largest frame, key, value and answer that an end sends or accepts, in bytes.
+///
+/// ```
+/// use tablecast_protocol::{Change, Limits};
+///
+/// let limits = Limits { value_bytes: 4, ..Limits::default() };
+/// let error = limits.check(&Change::write("key", "value")).unwrap_err();
+/// assert_eq!(error.to_string(), "value of 5 bytes is above the limit of 4");
+/// ```
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Limits {
+    /// Largest frame without its length header. A peer that declares a longer one is cut off
+    /// before memory is spent. 9 MiB: a value and a key at their limits and a few bytes.
+    pub frame_bytes: usize,
+    /// Largest key: 64 KiB. A change with a longer one is refused at `write`.
+    pub key_bytes: usize,
+    /// Largest value: 8 MiB. A change with a longer one is refused at `write`.
+    pub value_bytes: usize,
+    /// Where an answer of the walk stops; what is left is asked for again. 8 MiB: the differing
+    /// parts of a table of a million with every tenth key changed.
+    pub answer_bytes: usize,
+}
+
+/// Largest frame before the handshake is through: a stranger can reserve no more.
+pub const HANDSHAKE_FRAME_BYTES: usize = 4 * 1024;
+
+/// Most changes in one frame. One costs 80 bytes of memory and may be 3 on the wire, so that it
+/// is the count, not the bytes, that bounds what a frame can grow to.
+pub const MAX_CHANGES: usize = 65_536;
+
+/// What a frame holds beside the keys and values of its changes: array headers, tag, first
+/// revision, chain, and at most 10 bytes of headers a change.
+const FRAME_OVERHEAD: usize = 64;
+const CHANGE_OVERHEAD: usize = 10;
+
+/// A change or batch that is too large. Names the value and the limit.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum LimitError {
+    /// The key is too long.
+    #[error("key of {bytes} bytes is above the limit of {limit}")]
+    Key {
+        /// Its length.
+        bytes: usize,
+        /// [`Limits::key_bytes`].
+        limit: usize,
+    },
+    /// The value is too long.
+    #[error("value of {bytes} bytes is above the limit of {limit}")]
+    Value {
+        /// Its length.
+        bytes: usize,
+        /// [`Limits::value_bytes`].
+        limit: usize,
+    },
+    /// The batch does not fit one frame.
+    #[error("batch of {bytes} bytes is above the frame limit of {limit}")]
+    Batch {
+        /// Its length on the wire, at most.
+        bytes: usize,
+        /// [`Limits::frame_bytes`].
+        limit: usize,
+    },
+    /// The batch has too many changes.
+    #[error("batch of {changes} changes is above the limit of {limit}")]
+    Changes {
+        /// How many.
+        changes: usize,
+        /// [`MAX_CHANGES`].
+        limit: usize,
+    },
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            frame_bytes: 9 << 20,
+            key_bytes: 64 << 10,
+            value_bytes: 8 << 20,
+            answer_bytes: 8 << 20,
+        }
+    }
+}
+
+impl Limits {
+    /// Whether one change may be written.
+    ///
+    /// # Errors
+    /// If its key or its value is too long.
+    pub fn check(&self, change: &crate::Change) -> Result<(), LimitError> {
+        self.check_key(change.key().len())?;
+        self.check_value(change.value().map_or(0, bytes::Bytes::len))
+    }
+
+    pub(crate) fn check_key(&self, bytes: usize) -> Result<(), LimitError> {
+        let limit = self.key_bytes;
+        if bytes > limit { Err(LimitError::Key { bytes, limit }) } else { Ok(()) }
+    }
+
+    pub(crate) fn check_value(&self, bytes: usize) -> Result<(), LimitError> {
+        let limit = self.value_bytes;
+        if bytes > limit { Err(LimitError::Value { bytes, limit }) } else { Ok(()) }
+    }
+
+    /// Whether these changes may be written as one unit, and how large they are on the wire at most.
+    ///
+    /// # Errors
+    /// If one of them is too large, if there are too many, or if they do not fit one frame.
+    pub fn check_batch(&self, changes: &[crate::Change]) -> Result<usize, LimitError> {
+        if changes.len() > MAX_CHANGES {
+            return Err(LimitError::Changes { changes: changes.len(), limit: MAX_CHANGES });
+        }
+        let mut bytes = FRAME_OVERHEAD;
+        for change in changes {
+            self.check(change)?;
+            let value = change.value().map_or(0, bytes::Bytes::len);
+            bytes += CHANGE_OVERHEAD + change.key().len() + value;
+        }
+        let limit = self.frame_bytes;
+        if bytes > limit { Err(LimitError::Batch { bytes, limit }) } else { Ok(bytes) }
+    }
+
+    /// Whether an end with these limits can be sent whatever an end with `other` accepts to write.
+    pub fn covers(&self, other: &Self) -> bool {
+        self.frame_bytes >= other.frame_bytes
+            && self.key_bytes >= other.key_bytes
+            && self.value_bytes >= other.value_bytes
+    }
+}

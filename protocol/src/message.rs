@@ -1,0 +1,419 @@
+//! Everything that may cross the wire. Direction is in the type, so that [`ToServer::SyncReq`]
+//! (may I have a diff?) and [`ToClient::SyncRequest`] (what is at these nodes?) never meet in one
+//! match.
+//!
+//! A message is an array of its tag and its fields, in the order in which they stand here.
+
+use std::fmt;
+
+use serde::de::{self, Deserialize, Deserializer, SeqAccess, Visitor};
+use serde::ser::SerializeTuple;
+use serde::{Serialize, Serializer};
+
+use crate::diff::Query;
+use crate::limits::{LimitError, Limits};
+use crate::position::{Chain, ChainTag, Epoch, Position, Revision};
+use crate::tree::Hash;
+use crate::wire::{Changes, Message, Raw, check_pairs, field};
+
+/// The number of a diff on its connection, chosen by the follower: 1, 2, 3 ... A message of an
+/// earlier diff is never listened to.
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, serde::Deserialize,
+)]
+#[serde(transparent)]
+pub struct DiffId(pub u32);
+
+impl fmt::Display for DiffId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+macro_rules! messages {
+    ($(#[$doc:meta])* $name:ident { $(
+        $(#[$variant_doc:meta])*
+        $tag:literal $variant:ident { $( $(#[$field_doc:meta])* $field:ident: $type:ty, )* }
+    )* }) => {
+        $(#[$doc])*
+        #[derive(Clone, Debug, PartialEq, Eq, Hash)]
+        pub enum $name { $(
+            $(#[$variant_doc])*
+            $variant { $( $(#[$field_doc])* $field: $type, )* },
+        )* }
+
+        impl $name {
+            /// Tag and name of every message, in the order of their tags.
+            pub const TAGS: &'static [(u8, &'static str)] = &[$(($tag, stringify!($variant))),*];
+
+            fn named(&self) -> &'static str {
+                match self { $( Self::$variant { .. } => stringify!($variant), )* }
+            }
+        }
+
+        impl Serialize for $name {
+            fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+                match self { $(
+                    Self::$variant { $($field),* } => {
+                        const FIELDS: &[&str] = &[$(stringify!($field)),*];
+                        let mut array = serializer.serialize_tuple(1 + FIELDS.len())?;
+                        array.serialize_element::<u8>(&$tag)?;
+                        $( array.serialize_element($field)?; )*
+                        array.end()
+                    }
+                )* }
+            }
+        }
+
+        impl<'de> Deserialize<'de> for $name {
+            fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+                struct Tagged;
+                impl<'de> Visitor<'de> for Tagged {
+                    type Value = $name;
+
+                    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                        f.write_str(concat!("a message ", stringify!($name)))
+                    }
+
+                    fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<$name, A::Error> {
+                        let length = seq.size_hint().unwrap_or(0);
+                        match field::<A, u8>(&mut seq, "tag")? {
+                            $( $tag => {
+                                const FIELDS: &[&str] = &[$(stringify!($field)),*];
+                                if length != 1 + FIELDS.len() {
+                                    return Err(de::Error::invalid_length(length, &self));
+                                }
+                                $( let $field = field(&mut seq, stringify!($field))?; )*
+                                Ok($name::$variant { $($field),* })
+                            } )*
+                            tag => Err(de::Error::custom(format_args!("unknown tag {tag}"))),
+                        }
+                    }
+                }
+                deserializer.deserialize_seq(Tagged)
+            }
+        }
+    };
+}
+
+messages! {
+    /// What a follower may send.
+    ToServer {
+        /// The first message: who I am, what I accept, where I stand.
+        0 Hello {
+            /// [`wire::VERSION`](crate::wire::VERSION). The first field in every version.
+            version: u16,
+            /// [`TREE_VERSION`](crate::tree::TREE_VERSION).
+            tree: u8,
+            /// Largest frame that I accept, in bytes.
+            frame_bytes: u64,
+            /// Largest key.
+            key_bytes: u64,
+            /// Largest value.
+            value_bytes: u64,
+            /// What the server's people call this follower; may be empty.
+            name: String,
+            /// Where my table stands; nil if it is void or has never followed.
+            position: Option<Position>,
+        }
+        /// May I have a diff?
+        1 SyncReq {
+            /// Its number: higher than any before it on this connection.
+            diff: DiffId,
+            /// How many `FellBehind` I had seen when I took the snapshot.
+            jumps: u32,
+            /// Compare full-width hashes: short ones may have been fooled.
+            full: bool,
+            /// The root of my snapshot.
+            root: Hash,
+            /// How many keys it has.
+            len: u64,
+        }
+        /// What is at the nodes of the last `SyncRequest`, or at the first of them.
+        2 SyncResponse {
+            /// Of which diff.
+            diff: DiffId,
+            /// See [`diff`](crate::diff).
+            answer: Raw,
+        }
+        /// The oldest repair that was not acknowledged yet has been applied.
+        3 RepairAck {
+            /// Of which diff.
+            diff: DiffId,
+            /// How many of its keys my store refused.
+            failed: u32,
+        }
+        /// My root at the mark that a `Verify` named.
+        4 Verified {
+            /// The mark.
+            revision: Revision,
+            /// My root there.
+            root: Hash,
+        }
+        /// Are you there?
+        5 Ping {}
+        /// I am.
+        6 Pong {}
+        /// I close this connection.
+        7 Farewell {
+            /// Why.
+            reason: Reason,
+            /// More for a log; may be empty.
+            text: String,
+        }
+    }
+}
+
+messages! {
+    /// What a server may send.
+    ToClient {
+        /// You are subscribed: you will see every change behind this position.
+        0 Welcome {
+            /// [`wire::VERSION`](crate::wire::VERSION). The first field in every version.
+            version: u16,
+            /// [`TREE_VERSION`](crate::tree::TREE_VERSION).
+            tree: u8,
+            /// The history.
+            epoch: Epoch,
+            /// Live changes begin behind this revision.
+            revision: Revision,
+            /// The chain there.
+            chain: Chain,
+            /// Largest frame that I accept, in bytes.
+            frame_bytes: u64,
+            /// Largest key that I may send.
+            key_bytes: u64,
+            /// Largest value that I may send.
+            value_bytes: u64,
+        }
+        /// I do not serve you, and close this connection. The same shape in every version.
+        1 Refuse {
+            /// Why.
+            reason: Reason,
+            /// More for a log; may be empty.
+            text: String,
+        }
+        /// I close this connection.
+        2 Farewell {
+            /// Why.
+            reason: Reason,
+            /// More for a log; may be empty.
+            text: String,
+        }
+        /// Consecutive changes, as they were written. All or none of them are applied.
+        3 Live {
+            /// The revision of the first.
+            first: Revision,
+            /// The chain before the first.
+            before: ChainTag,
+            /// The changes.
+            changes: Changes,
+        }
+        /// Changes that you were not sent are no longer in the log; the stream goes on behind
+        /// this place. Your position is void until a `SyncDone`.
+        4 FellBehind {
+            /// How often this happened on this connection.
+            jumps: u32,
+            /// Live changes go on behind this revision.
+            revision: Revision,
+            /// The chain there.
+            chain: Chain,
+        }
+        /// The diff begins: keys that you are sent live from here on are suppressed from it.
+        5 SyncStart {
+            /// Which.
+            diff: DiffId,
+        }
+        /// What do you have at these nodes?
+        6 SyncRequest {
+            /// Of which diff.
+            diff: DiffId,
+            /// See [`diff`](crate::diff).
+            query: Query,
+        }
+        /// The walk is done; repairs follow. At most so many: keys updated since are left out.
+        7 SyncSeq {
+            /// Of which diff.
+            diff: DiffId,
+            /// Keys to write.
+            writes: u64,
+            /// Keys to delete.
+            deletes: u64,
+        }
+        /// Some of the keys that differ, as they are in the table where the stream stands.
+        8 Repair {
+            /// Of which diff.
+            diff: DiffId,
+            /// Writes only.
+            writes: Changes,
+            /// The length of each prefix in `deletes`, 1 to 16 bytes.
+            prefix_bytes: u8,
+            /// Prefixes of key hashes, one behind the other: delete what the snapshot that was
+            /// walked has there.
+            deletes: Raw,
+        }
+        /// All repairs have been sent. The stream stands exactly at this revision, here is a mark.
+        9 SyncDone {
+            /// Of which diff.
+            diff: DiffId,
+            /// Where the stream stands.
+            revision: Revision,
+            /// The chain there.
+            chain: ChainTag,
+            /// Keys that were left out because they were updated meanwhile.
+            suppressed: u64,
+            /// Keys whose value could not be read.
+            failed: u64,
+        }
+        /// The diff ends here, with what was repaired so far.
+        10 SyncAbort {
+            /// Of which diff.
+            diff: DiffId,
+            /// Why.
+            reason: AbortReason,
+        }
+        /// My root at a mark that you passed.
+        11 Verify {
+            /// The mark.
+            revision: Revision,
+            /// My root there.
+            root: Hash,
+        }
+        /// Are you there?
+        12 Ping {}
+        /// I am.
+        13 Pong {}
+    }
+}
+
+macro_rules! codes {
+    ($(#[$doc:meta])* $name:ident { $( #[doc = $text:literal] $code:literal $variant:ident )* }) => {
+        $(#[$doc])*
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+        pub enum $name { $( #[doc = $text] $variant, )* }
+
+        impl Serialize for $name {
+            fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+                serializer.serialize_u8(match self { $( Self::$variant => $code, )* })
+            }
+        }
+
+        impl<'de> Deserialize<'de> for $name {
+            fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+                match u8::deserialize(deserializer)? {
+                    $( $code => Ok(Self::$variant), )*
+                    code => Err(de::Error::custom(format_args!(
+                        concat!("unknown ", stringify!($name), " {}"), code
+                    ))),
+                }
+            }
+        }
+
+        impl fmt::Display for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str(match self { $( Self::$variant => $text.trim_ascii(), )* })
+            }
+        }
+    };
+}
+
+codes! {
+    /// Why an end closes a connection or does not accept one.
+    Reason {
+        /// other version
+        0 Version
+        /// other tree version
+        1 Tree
+        /// limits do not fit
+        2 Limits
+        /// too many connections
+        3 Full
+        /// shutting down
+        4 Stopping
+        /// the peer broke the protocol
+        5 Protocol
+        /// nothing heard for too long
+        6 Silent
+        /// internal failure
+        7 Failed
+    }
+}
+
+codes! {
+    /// Why a diff ended early.
+    AbortReason {
+        /// the follower fell behind
+        0 FellBehind
+        /// the diff was asked for before the follower knew that it fell behind
+        1 Stale
+        /// more keys were updated meanwhile than the server remembers
+        2 Updated
+        /// the walk failed
+        3 Walk
+        /// the server has too many diffs waiting
+        4 Busy
+    }
+}
+
+impl ToServer {
+    /// The root, limits and place of a first message of this version.
+    pub fn hello(name: &str, limits: &Limits, position: Option<Position>) -> Self {
+        Self::Hello {
+            version: crate::wire::VERSION,
+            tree: crate::tree::TREE_VERSION,
+            frame_bytes: limits.frame_bytes as u64,
+            key_bytes: limits.key_bytes as u64,
+            value_bytes: limits.value_bytes as u64,
+            name: name.to_owned(),
+            position,
+        }
+    }
+}
+
+impl ToClient {
+    /// The tag of `Live`, whose frames [`LiveFrame`](crate::wire::LiveFrame) builds by hand.
+    pub const LIVE: u8 = 3;
+}
+
+impl Message for ToServer {
+    fn name(&self) -> &'static str {
+        self.named()
+    }
+
+    fn check(&self, _: &Limits) -> Result<(), LimitError> {
+        Ok(())
+    }
+
+    fn is_first(tag: u8) -> bool {
+        tag == 0
+    }
+}
+
+impl Message for ToClient {
+    fn name(&self) -> &'static str {
+        self.named()
+    }
+
+    fn check(&self, limits: &Limits) -> Result<(), LimitError> {
+        match self {
+            Self::Live { changes, .. } => check_pairs(&changes.0, limits),
+            Self::Repair { writes, .. } => check_pairs(&writes.0, limits),
+            Self::Welcome { .. }
+            | Self::Refuse { .. }
+            | Self::Farewell { .. }
+            | Self::FellBehind { .. }
+            | Self::SyncStart { .. }
+            | Self::SyncRequest { .. }
+            | Self::SyncSeq { .. }
+            | Self::SyncDone { .. }
+            | Self::SyncAbort { .. }
+            | Self::Verify { .. }
+            | Self::Ping {}
+            | Self::Pong {} => Ok(()),
+        }
+    }
+
+    fn is_first(tag: u8) -> bool {
+        tag == 0
+    }
+}

@@ -1,0 +1,845 @@
+//! The server's end of one connection.
+//!
+//! ```text
+//!           Hello                  subscribed               SyncReq
+//!   Hello ───────── Subscribing ────────────── Relay ─────────────────── Diff
+//!                                                ^                        │
+//!                                                └── SyncDone, SyncAbort ─┘
+//!   any state ── Refuse, Farewell, a message that must not come ── Closed
+//! ```
+//!
+//! | state \ message | `Hello` | `SyncReq` | `SyncResponse` | `RepairAck` | `Verified` | `Ping` | `Pong` | `Farewell` |
+//! |---|---|---|---|---|---|---|---|---|
+//! | Hello | accept | close | close | close | close | close | close | close |
+//! | Subscribing | close | close | close | close | close | accept | accept | accept |
+//! | Relay | close | accept | ignore | accept | accept | accept | accept | accept |
+//! | Diff | close | close | accept | accept | accept | accept | accept | accept |
+//! | Closed | ignore | ignore | ignore | ignore | ignore | ignore | ignore | ignore |
+//!
+//! *Accept* still closes on what only a broken peer says: an acknowledgement of nothing, a `Verified`
+//! of no mark, a diff number used before, an answer that nobody waits for. *Ignore* in Relay is for the
+//! answer that crossed the abort of its diff.
+//!
+//! # Why a repair under live writes is right
+//!
+//! Three promises: a repair never takes a key back; no follower of one epoch sees an older value
+//! after a newer one; after a diff on a quiet stream both tables are equal. What keeps them:
+//!
+//! 1. **Record, then snapshot.** [`Session::handle_admitted`] begins to record the key of every
+//!    live change that goes on the wire, and only then asks for the snapshot that is walked. So a
+//!    key changed behind the snapshot is in `updated` when its change is on the wire. In the other
+//!    order a change between the two would be in neither, and its key repaired although updated.
+//! 2. **Read late.** Values are not those of the snapshot: the server reads them chunk by chunk,
+//!    each chunk in one turn, so all of them are as they were at one revision q.
+//! 3. **Hold.** A chunk read at q goes on the wire only when every live change up to q has
+//!    ([`Session::poll_transmit`]). Sent earlier it would be followed by a change older than itself.
+//! 4. **Suppress at that moment, not before.** Between the reading and the sending the stream went on. What
+//!    is in `updated` is on the wire already, as new as the chunk or newer, so it is taken out.
+//!    With 3: what remains is a key that no change between q and here touched, with its value at q. That
+//!    is its value here.
+//! 5. **One lane.** Repairs and live changes share the connection, so "on the wire before" is "applied
+//!    before". Recording ends with the last repair, not with the walk: step 4 needs it to the end.
+//! 6. **The end mark is the stream's place.** When the last repair is sent the server marks the log
+//!    at its head e, and `SyncDone { e }` goes out exactly when the stream stands there. (The mark
+//!    is in the log, so that the stream cannot pass e before the answer that names e is here.) Keys that the walk found equal were equal in two
+//!    snapshots, and every change since, on either side, came by live: so the tables at e are equal.
+//! 7. **A jump aborts.** A cursor that fell off the log goes on at the head, and what it skipped was
+//!    neither sent nor recorded. So the diff ends, and one that was asked for before the follower knew of
+//!    the jump is refused: its snapshot could hold a value from before the gap that equals the
+//!    server's, on top of which a live change from before the gap was still to be applied.
+//! 8. **Only the diff at hand.** Everything about a diff carries its number; a Differ, a reading or a
+//!    snapshot of an earlier one is not listened to.
+//! 9. **Bounds.** `updated` has one; past it the diff is aborted and asked for again later.
+
+use std::collections::{BTreeSet, VecDeque};
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+
+use crate::diff::{Answer, Difference, Step};
+use crate::error::{DecodeError, ProtocolError};
+use crate::heartbeat::{Beat, Heartbeat, HeartbeatConfig};
+use crate::limits::Limits;
+use crate::log::{Chunk, FollowerId, Log, Next};
+use crate::message::{AbortReason, DiffId, Reason, ToClient, ToServer};
+use crate::mutation::Mutation;
+use crate::position::{Position, Revision};
+use crate::table::Values;
+use crate::tree::{Hash, KeyHash, KeyPrefix, TREE_VERSION, Tree};
+use crate::wire::{Changes, Message, Raw, VERSION};
+use crate::{Change, limits};
+
+/// What a server's sessions are set to. All of one server have the same.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct SessionConfig {
+    /// Largest things.
+    pub limits: Limits,
+    /// About how many bytes of repairs go between two looks at the live stream: 64 KiB, about what
+    /// a socket takes at once.
+    pub repair_bytes: usize,
+    /// Most repairs sent and not acknowledged: 2, so that one is on its way while one is applied,
+    /// and no megabytes of them stand in a socket's buffer before a live change.
+    pub repair_window: u32,
+    /// Most keys updated during one diff that are remembered: 1 Mi, about 40 MB. One more aborts it.
+    pub updated_keys: usize,
+    /// When the peer is asked whether it is there, and given up.
+    pub heartbeat: HeartbeatConfig,
+}
+
+impl Default for SessionConfig {
+    fn default() -> Self {
+        Self {
+            limits: Limits::default(),
+            repair_bytes: 64 << 10,
+            repair_window: 2,
+            updated_keys: 1 << 20,
+            heartbeat: HeartbeatConfig::default(),
+        }
+    }
+}
+
+/// Most control messages that wait to be sent before nothing more is read: what bounds them, for a
+/// peer that asks and does not read.
+pub(crate) const MAX_CONTROL: usize = 16;
+
+/// The server's end of one connection, without the connection.
+///
+/// The contract: after every `handle_*` call [`Session::poll_event`] until there is none and do
+/// what the events say; whenever the connection has room, [`Session::poll_transmit`] until there is
+/// nothing, and send that in its order. Frames are asked for last of all, so that what is decided
+/// about their order is decided when they go on the wire.
+///
+/// ```
+/// use std::time::Duration;
+/// use tablecast_protocol::server::{Event, Session, SessionConfig, Transmit};
+/// use tablecast_protocol::{
+///     Chain, Epoch, FollowerId, Log, Position, Revision, ToClient, ToServer,
+/// };
+///
+/// let (config, now) = (SessionConfig::default(), Duration::ZERO);
+/// let log = Log::new(1 << 20, Revision(9), Chain::START);
+/// let mut session = Session::new(config, FollowerId(1), now);
+/// session.handle_message(ToServer::hello("edge-1", &config.limits, None), now);
+/// assert!(matches!(session.poll_event(), Some(Event::Subscribe { .. })));
+/// let epoch = Epoch::from_bytes([1; 16]);
+/// session.handle_subscribed(Position { epoch, revision: log.head(), chain: log.chain() });
+/// assert!(matches!(
+///     session.poll_transmit(&log),
+///     Some(Transmit::Message(ToClient::Welcome { revision: Revision(9), .. }))
+/// ));
+/// assert_eq!(session.poll_transmit(&log), None);
+/// ```
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Session {
+    config: SessionConfig,
+    follower: FollowerId,
+    state: State,
+    /// The next change that goes on the wire.
+    cursor: Revision,
+    /// Welcome has been said: the end of the connection is a farewell, no refusal.
+    welcomed: bool,
+    /// How often the cursor fell off the log.
+    jumps: u32,
+    /// The last diff that was asked for.
+    last_diff: DiffId,
+    /// Repairs sent and not acknowledged; outlives the diff by a round trip.
+    unacknowledged: u32,
+    /// `SyncDone` has named this mark, and its root is still being computed.
+    mark_due: Option<Revision>,
+    /// The mark whose root was sent last, until the follower says its own.
+    verifying: Option<(Revision, Hash)>,
+    heartbeat: Heartbeat,
+    events: VecDeque<Event>,
+    /// What goes out before any live change.
+    control: VecDeque<ToClient>,
+    #[cfg(feature = "mutations")]
+    mutation: Option<Mutation>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+enum State {
+    Hello,
+    Subscribing,
+    Relay,
+    Diff(Box<Diff>),
+    Closed,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+struct Diff {
+    id: DiffId,
+    full: bool,
+    root: Hash,
+    len: u64,
+    recording: bool,
+    /// Hashes of the keys of all live changes put on the wire while recording.
+    updated: BTreeSet<KeyHash>,
+    phase: Phase,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+enum Phase {
+    /// Waiting for one of the places at which diffs run.
+    Queued,
+    /// Recording; the snapshot has been asked for.
+    Snapshot,
+    /// A Differ walks; `asked` while a query is with the follower.
+    Walk { asked: bool },
+    /// Repairs are read and sent.
+    Repair(Repair),
+    /// All repairs are sent, and the server is asked to mark the log: `SyncDone` goes out when the
+    /// stream stands at the mark.
+    Mark { suppressed: u64, failed: u64, root: Option<Hash> },
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+struct Repair {
+    found: Arc<Difference>,
+    /// Where the next reading begins.
+    next: usize,
+    /// Read, and waiting for its turn; `None` while a reading is under way.
+    ready: Option<Values>,
+    /// The head when the last repair ended: live changes up to here go first.
+    turn: Revision,
+    suppressed: u64,
+    failed: BTreeSet<KeyHash>,
+}
+
+/// What the actor must do.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub enum Event {
+    /// Subscribe this follower to the log, then [`Session::handle_subscribed`] with the place from
+    /// which it is, or [`Session::handle_close`].
+    Subscribe {
+        /// What it calls itself.
+        name: String,
+        /// What it presents.
+        position: Option<Position>,
+    },
+    /// Ask for a place to run a diff, then [`Session::handle_admitted`] or [`Session::handle_busy`].
+    Admit(DiffId),
+    /// Take a snapshot of the server's tree, then [`Session::handle_snapshot`].
+    Snapshot(DiffId),
+    /// Start a Differ, whose steps go to [`Session::handle_step`].
+    Walk {
+        /// Of which diff.
+        diff: DiffId,
+        /// The snapshot.
+        tree: Tree,
+        /// The follower's root.
+        root: Hash,
+        /// How many keys the follower has.
+        len: u64,
+        /// Compare full-width hashes.
+        full: bool,
+    },
+    /// Give this to the Differ.
+    Answer(DiffId, Answer),
+    /// Read repairs ([`Table::read`](crate::Table::read)), then [`Session::handle_values`].
+    Read {
+        /// Of which diff.
+        diff: DiffId,
+        /// What the walk found.
+        found: Arc<Difference>,
+        /// Where to begin.
+        from: usize,
+        /// How many bytes.
+        max_bytes: usize,
+    },
+    /// Mark the head of the log ([`Log::mark`]) and snapshot the server's tree, in one turn, then
+    /// [`Session::handle_mark`].
+    Mark(DiffId),
+    /// The diff is over: stop its Differ, give its place back, [`Log::unmark`].
+    EndDiff {
+        /// Which.
+        diff: DiffId,
+        /// `None` if it was done.
+        aborted: Option<AbortReason>,
+    },
+    /// Compute the root of this tree away from everything else, then [`Session::handle_root`].
+    Root(Revision, Tree),
+    /// The follower's root at a mark.
+    Verified {
+        /// The mark.
+        revision: Revision,
+        /// Whether it is the server's.
+        equal: bool,
+    },
+    /// The cursor fell off the log and goes on behind this revision.
+    FellBehind(Revision),
+    /// Send what [`Session::poll_transmit`] still has, then close.
+    Close(Close),
+}
+
+/// Why a connection ends. For a log and for people.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, thiserror::Error)]
+pub enum Close {
+    /// The peer said so.
+    #[error("peer left: {reason}{}{text}", if text.is_empty() { "" } else { ": " })]
+    Peer {
+        /// Its reason.
+        reason: Reason,
+        /// Its text.
+        text: String,
+    },
+    /// This end says so.
+    #[error("{reason}{}{text}", if text.is_empty() { "" } else { ": " })]
+    Here {
+        /// The reason that the peer is given.
+        reason: Reason,
+        /// The text that the peer is given.
+        text: String,
+    },
+}
+
+/// What goes on the wire next.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub enum Transmit {
+    /// A frame of the log, as it is.
+    Live(Bytes),
+    /// A message, to be encoded.
+    Message(ToClient),
+}
+
+impl Session {
+    /// A session that waits for `Hello`. `now` is counted from whatever the caller likes.
+    pub fn new(config: SessionConfig, follower: FollowerId, now: Duration) -> Self {
+        Self {
+            config,
+            follower,
+            state: State::Hello,
+            cursor: Revision::ZERO,
+            welcomed: false,
+            jumps: 0,
+            last_diff: DiffId(0),
+            unacknowledged: 0,
+            mark_due: None,
+            verifying: None,
+            heartbeat: Heartbeat::new(config.heartbeat, now),
+            events: VecDeque::new(),
+            control: VecDeque::new(),
+            #[cfg(feature = "mutations")]
+            mutation: None,
+        }
+    }
+
+    /// Breaks a rule from here on, so that a test can show that it would be noticed.
+    #[cfg(feature = "mutations")]
+    pub fn mutate(&mut self, mutation: Mutation) {
+        self.mutation = Some(mutation);
+    }
+
+    // What comes from the peer.
+
+    /// A message arrived.
+    pub fn handle_message(&mut self, message: ToServer, now: Duration) {
+        self.heartbeat.heard(now);
+        if let Err(error) = self.accept(message) {
+            self.close(Reason::Protocol, error.to_string());
+        }
+    }
+
+    /// Bytes arrived that are not a whole message yet: the peer is alive.
+    pub fn handle_heard(&mut self, now: Duration) {
+        self.heartbeat.heard(now);
+    }
+
+    /// A frame arrived that is no message.
+    pub fn handle_malformed(&mut self, error: &DecodeError) {
+        let version = matches!(error, DecodeError::Version { .. });
+        let reason = if version { Reason::Version } else { Reason::Protocol };
+        self.close(reason, error.to_string());
+    }
+
+    fn accept(&mut self, message: ToServer) -> Result<(), ProtocolError> {
+        let got = message.name();
+        let state = std::mem::replace(&mut self.state, State::Closed);
+        let unexpected = ProtocolError::Unexpected { state: state.name(), got };
+        self.state = match (state, message) {
+            (State::Closed, _) => State::Closed,
+            (State::Hello, hello @ ToServer::Hello { .. }) => self.greet(hello),
+            (State::Hello, _) => return Err(unexpected),
+            (state, ToServer::Ping {}) => {
+                // One answer is enough for however many were asked.
+                if !self.control.contains(&ToClient::Pong {}) {
+                    self.control.push_back(ToClient::Pong {});
+                }
+                state
+            }
+            (state, ToServer::Pong {}) => state,
+            (_, ToServer::Farewell { reason, text }) => {
+                self.control.clear();
+                self.events.push_back(Event::Close(Close::Peer { reason, text }));
+                State::Closed
+            }
+            (State::Subscribing, _) | (_, ToServer::Hello { .. }) => return Err(unexpected),
+            (State::Relay, ToServer::SyncReq { diff, jumps, full, root, len })
+                if diff > self.last_diff =>
+            {
+                self.last_diff = diff;
+                self.request(diff, jumps, full, root, len)
+            }
+            (State::Relay | State::Diff(_), ToServer::SyncReq { .. }) => return Err(unexpected),
+            (State::Diff(at), ToServer::SyncResponse { diff, answer: Raw(answer) })
+                if diff == at.id =>
+            {
+                State::Diff(self.answered(at, answer).ok_or(unexpected)?)
+            }
+            // It crossed the abort of its diff.
+            (state, ToServer::SyncResponse { diff, .. }) if diff <= self.last_diff => state,
+            (_, ToServer::SyncResponse { .. }) => return Err(unexpected),
+            (state, ToServer::RepairAck { .. }) => {
+                self.unacknowledged = self.unacknowledged.checked_sub(1).ok_or(unexpected)?;
+                state
+            }
+            (state, ToServer::Verified { revision, root }) => {
+                let (mark, ours) = self.verifying.take().ok_or(unexpected.clone())?;
+                if mark != revision {
+                    return Err(unexpected);
+                }
+                self.events.push_back(Event::Verified { revision, equal: root == ours });
+                state
+            }
+        };
+        Ok(())
+    }
+
+    /// An answer for the Differ, if one is waited for.
+    fn answered(&mut self, mut at: Box<Diff>, answer: Answer) -> Option<Box<Diff>> {
+        let Phase::Walk { asked } = &mut at.phase else { return None };
+        std::mem::take(asked).then(|| {
+            self.events.push_back(Event::Answer(at.id, answer));
+            at
+        })
+    }
+
+    fn greet(&mut self, hello: ToServer) -> State {
+        let ToServer::Hello { version, tree, frame_bytes, key_bytes, value_bytes, name, position } =
+            hello
+        else {
+            return State::Hello;
+        };
+        let limits = &self.config.limits;
+        let fits = frame_bytes >= limits.frame_bytes as u64
+            && key_bytes >= limits.key_bytes as u64
+            && value_bytes >= limits.value_bytes as u64;
+        if version != VERSION {
+            let theirs = DecodeError::Version { theirs: version, ours: VERSION };
+            self.close(Reason::Version, theirs.to_string());
+        } else if tree != TREE_VERSION {
+            let text = format!("peer has tree version {tree}, this end {TREE_VERSION}");
+            self.close(Reason::Tree, text);
+        } else if !fits {
+            let (frame, key, value) = (frame_bytes, key_bytes, value_bytes);
+            self.close(Reason::Limits, ProtocolError::Limits { frame, key, value }.to_string());
+        } else {
+            self.events.push_back(Event::Subscribe { name, position });
+            return State::Subscribing;
+        }
+        State::Closed
+    }
+
+    fn request(&mut self, id: DiffId, jumps: u32, full: bool, root: Hash, len: u64) -> State {
+        if jumps != self.jumps {
+            self.control.push_back(ToClient::SyncAbort { diff: id, reason: AbortReason::Stale });
+            return State::Relay;
+        }
+        self.events.push_back(Event::Admit(id));
+        let updated = BTreeSet::new();
+        let phase = Phase::Queued;
+        State::Diff(Box::new(Diff { id, full, root, len, recording: false, updated, phase }))
+    }
+
+    // What comes from the server and the Differ.
+
+    /// The follower is subscribed: it will be sent every change behind this position.
+    pub fn handle_subscribed(&mut self, at: Position) {
+        if self.state != State::Subscribing {
+            return;
+        }
+        self.state = State::Relay;
+        self.welcomed = true;
+        self.cursor = at.revision.next();
+        self.control.push_back(ToClient::Welcome {
+            version: VERSION,
+            tree: TREE_VERSION,
+            epoch: at.epoch,
+            revision: at.revision,
+            chain: at.chain,
+            frame_bytes: self.config.limits.frame_bytes as u64,
+            key_bytes: self.config.limits.key_bytes as u64,
+            value_bytes: self.config.limits.value_bytes as u64,
+        });
+    }
+
+    /// The diff may run.
+    pub fn handle_admitted(&mut self, diff: DiffId) {
+        let late = self.breaks(Mutation::RecordAfterSnapshot);
+        if let Some(at) = self.diff(diff)
+            && at.phase == Phase::Queued
+        {
+            // In this order: record, then snapshot.
+            at.recording = !late;
+            at.phase = Phase::Snapshot;
+            self.control.push_back(ToClient::SyncStart { diff });
+            self.events.push_back(Event::Snapshot(diff));
+        }
+    }
+
+    /// There are too many diffs waiting already.
+    pub fn handle_busy(&mut self, diff: DiffId) {
+        self.abort(diff, AbortReason::Busy);
+    }
+
+    /// The snapshot of the server's tree.
+    pub fn handle_snapshot(&mut self, diff: DiffId, tree: Tree) {
+        if let Some(at) = self.diff(diff)
+            && at.phase == Phase::Snapshot
+        {
+            at.recording = true;
+            at.phase = Phase::Walk { asked: false };
+            let (root, len, full) = (at.root, at.len, at.full);
+            self.events.push_back(Event::Walk { diff, tree, root, len, full });
+        }
+    }
+
+    /// The Differ asks or is done.
+    pub fn handle_step(&mut self, diff: DiffId, step: Step) {
+        let ends = self.breaks(Mutation::RecordingEndsWithWalk);
+        let turn = self.cursor;
+        let Some(at) = self.diff(diff) else { return };
+        let diff = at.id;
+        let Phase::Walk { asked } = &mut at.phase else { return };
+        match step {
+            Step::Ask(query) => {
+                *asked = true;
+                self.control.push_back(ToClient::SyncRequest { diff, query });
+            }
+            Step::Done(found) => {
+                at.recording = !ends;
+                at.phase = Phase::Repair(Repair {
+                    found: Arc::new(found),
+                    next: 0,
+                    ready: None,
+                    turn: Revision(turn.0.saturating_sub(1)),
+                    suppressed: 0,
+                    failed: BTreeSet::new(),
+                });
+                self.sequence(diff);
+            }
+        }
+    }
+
+    fn sequence(&mut self, diff: DiffId) {
+        let Some(Phase::Repair(repair)) = self.diff(diff).map(|at| &mut at.phase) else { return };
+        let writes = repair.found.writes.len() as u64;
+        let deletes = repair.found.deletes.len() as u64;
+        self.control.push_back(ToClient::SyncSeq { diff, writes, deletes });
+        self.read_on(diff);
+    }
+
+    /// The Differ ended without a result. Another diff may do better.
+    pub fn handle_walk_failed(&mut self, diff: DiffId) {
+        if self.diff(diff).is_some_and(|at| matches!(at.phase, Phase::Walk { .. })) {
+            self.abort(diff, AbortReason::Walk);
+        }
+    }
+
+    /// The Differ says that an answer was malformed.
+    pub fn handle_bad_answer(&mut self, diff: DiffId, error: &ProtocolError) {
+        if self.diff(diff).is_some() {
+            self.close(Reason::Protocol, error.to_string());
+        }
+    }
+
+    /// What the server read for a repair.
+    pub fn handle_values(&mut self, diff: DiffId, values: Values) {
+        if let Some(at) = self.diff(diff)
+            && let Phase::Repair(repair) = &mut at.phase
+            && repair.ready.is_none()
+        {
+            repair.next = values.next;
+            repair.suppressed += values.changed;
+            repair.failed.extend(&values.failed);
+            repair.ready = Some(values);
+        }
+    }
+
+    /// The log is marked at this revision, and this is the server's tree there. The stream may have
+    /// passed it meanwhile.
+    pub fn handle_mark(&mut self, diff: DiffId, revision: Revision, tree: Tree) {
+        let waiting = self.mark_due == Some(revision);
+        if waiting || self.diff(diff).is_some_and(|at| matches!(at.phase, Phase::Mark { .. })) {
+            self.events.push_back(Event::Root(revision, tree));
+        }
+    }
+
+    /// The root of the tree at a mark.
+    pub fn handle_root(&mut self, revision: Revision, root: Hash) {
+        if self.mark_due == Some(revision) {
+            self.verify(revision, root);
+        } else if let State::Diff(at) = &mut self.state
+            && let Phase::Mark { root: early, .. } = &mut at.phase
+        {
+            // The follower has not been told of the mark yet.
+            *early = Some(root);
+        }
+    }
+
+    fn verify(&mut self, revision: Revision, root: Hash) {
+        self.mark_due = None;
+        self.verifying = Some((revision, root));
+        self.control.push_back(ToClient::Verify { revision, root });
+    }
+
+    // Time, and the end.
+
+    /// When to call [`Session::handle_timeout`] next; `None` when closed.
+    pub fn poll_timeout(&self) -> Option<Duration> {
+        (self.state != State::Closed).then(|| self.heartbeat.next())
+    }
+
+    /// It is this late now.
+    pub fn handle_timeout(&mut self, now: Duration) {
+        if self.state == State::Closed {
+            return;
+        }
+        match self.heartbeat.beat(now) {
+            Beat::Quiet => {}
+            // Before the handshake there is nobody to ask: silence is counted all the same.
+            Beat::Ping if matches!(self.state, State::Hello) => {}
+            Beat::Ping => self.control.push_back(ToClient::Ping {}),
+            Beat::Dead => self.close(Reason::Silent, String::new()),
+        }
+    }
+
+    /// The connection is to end, for this reason: says so.
+    pub fn handle_close(&mut self, reason: Reason, text: impl Into<String>) {
+        if self.state != State::Closed {
+            self.close(reason, text.into());
+        }
+    }
+
+    fn close(&mut self, reason: Reason, text: String) {
+        self.state = State::Closed;
+        let said = text.clone();
+        self.control.push_back(if self.welcomed {
+            ToClient::Farewell { reason, text: said }
+        } else {
+            ToClient::Refuse { reason, text: said }
+        });
+        self.events.push_back(Event::Close(Close::Here { reason, text }));
+    }
+
+    // What goes out.
+
+    /// What the actor must do next.
+    pub fn poll_event(&mut self) -> Option<Event> {
+        self.events.pop_front()
+    }
+
+    /// What goes on the wire next, now that there is room; `None` when there is nothing.
+    ///
+    /// This is where the order of frames is decided: control messages, then a jump if the log no
+    /// longer has what comes next, then the end mark if the stream stands there, then a repair if
+    /// it is its turn, then live changes.
+    pub fn poll_transmit(&mut self, log: &Log) -> Option<Transmit> {
+        if self.control.is_empty() && matches!(self.state, State::Relay | State::Diff(_)) {
+            let next = log.at(self.cursor);
+            if next == Next::Fell {
+                self.jump(log);
+            } else {
+                self.end_at_mark(log);
+                self.repair(log);
+            }
+            if self.control.is_empty()
+                && let Next::Chunk(chunk) = next
+            {
+                return Some(Transmit::Live(self.send_live(chunk)));
+            }
+        }
+        self.control.pop_front().map(Transmit::Message)
+    }
+
+    fn send_live(&mut self, chunk: &Chunk) -> Bytes {
+        self.cursor = chunk.end();
+        if let State::Diff(at) = &mut self.state
+            && at.recording
+        {
+            at.updated.extend(chunk.keys.iter());
+            let (id, full) = (at.id, at.updated.len() > self.config.updated_keys);
+            if full {
+                self.abort(id, AbortReason::Updated);
+            }
+        }
+        chunk.frame.clone()
+    }
+
+    /// Rule 7.
+    fn jump(&mut self, log: &Log) {
+        if let State::Diff(at) = &self.state
+            && !self.breaks(Mutation::JumpKeepsDiff)
+        {
+            self.abort(at.id, AbortReason::FellBehind);
+        }
+        self.jumps = self.jumps.wrapping_add(1);
+        self.cursor = log.head().next();
+        let (jumps, revision, chain) = (self.jumps, log.head(), log.chain());
+        self.control.push_back(ToClient::FellBehind { jumps, revision, chain });
+        self.events.push_back(Event::FellBehind(revision));
+    }
+
+    /// Rule 6.
+    fn end_at_mark(&mut self, log: &Log) {
+        let State::Diff(at) = &self.state else { return };
+        let Phase::Mark { suppressed, failed, root } = at.phase else { return };
+        let diff = at.id;
+        let Some((revision, chain)) = log.marked(self.follower, diff) else { return };
+        if self.cursor < revision.next() {
+            return;
+        }
+        self.state = State::Relay;
+        self.events.push_back(Event::EndDiff { diff, aborted: None });
+        let chain = chain.tag();
+        self.control.push_back(ToClient::SyncDone { diff, revision, chain, suppressed, failed });
+        self.mark_due = Some(revision);
+        if let Some(root) = root {
+            self.verify(revision, root);
+        }
+    }
+
+    /// Rules 3, 4 and 5: sends the repairs that were read, if the stream has come far enough.
+    fn repair(&mut self, log: &Log) {
+        let hold = !self.breaks(Mutation::NoHold);
+        let suppress = !self.breaks(Mutation::NoSuppression);
+        let window = self.unacknowledged < self.config.repair_window;
+        let State::Diff(at) = &mut self.state else { return };
+        let Phase::Repair(repair) = &mut at.phase else { return };
+        let due = |values: &mut Values| {
+            !hold || self.cursor > values.revision && self.cursor > repair.turn
+        };
+        let Some(mut values) = repair.ready.take_if(|values| window && due(values)) else { return };
+
+        if suppress {
+            let read = values.writes.len() + values.deletes.len();
+            values.writes.retain(|(hash, ..)| !at.updated.contains(hash));
+            values.deletes.retain(|prefix| !any_covered(&at.updated, *prefix));
+            repair.suppressed += (read - values.writes.len() - values.deletes.len()) as u64;
+        }
+        repair.turn = log.head();
+        let diff = at.id;
+        if !values.writes.is_empty() || !values.deletes.is_empty() {
+            self.unacknowledged += 1;
+            self.control.push_back(repair_message(diff, values));
+        }
+        self.read_on(diff);
+    }
+
+    /// Asks for the next repairs, or for the mark when all have been sent.
+    fn read_on(&mut self, diff: DiffId) {
+        let max_bytes = self.config.repair_bytes;
+        let Some(at) = self.diff(diff) else { return };
+        let Phase::Repair(repair) = &mut at.phase else { return };
+        if repair.next < repair.found.len() {
+            let (found, from) = (Arc::clone(&repair.found), repair.next);
+            self.events.push_back(Event::Read { diff, found, from, max_bytes });
+        } else {
+            // A value that could not be read is no loss if a live change of its key came by.
+            let failed = repair.failed.difference(&at.updated).count() as u64;
+            at.phase = Phase::Mark { suppressed: repair.suppressed, failed, root: None };
+            at.recording = false;
+            at.updated.clear();
+            self.events.push_back(Event::Mark(diff));
+        }
+    }
+
+    fn abort(&mut self, diff: DiffId, reason: AbortReason) {
+        if self.diff(diff).is_some() {
+            self.state = State::Relay;
+            self.control.push_back(ToClient::SyncAbort { diff, reason });
+            self.events.push_back(Event::EndDiff { diff, aborted: Some(reason) });
+        }
+    }
+
+    /// The diff at hand, if it is this one. Rule 8.
+    fn diff(&mut self, diff: DiffId) -> Option<&mut Diff> {
+        let any = self.breaks(Mutation::StaleDiffer);
+        match &mut self.state {
+            State::Diff(at) if at.id == diff || any => Some(at),
+            State::Diff(_) | State::Hello | State::Subscribing | State::Relay | State::Closed => {
+                None
+            }
+        }
+    }
+
+    // What can be asked.
+
+    /// The name of the state, as in the table above.
+    pub fn state(&self) -> &'static str {
+        self.state.name()
+    }
+
+    /// The revision up to which changes are on the wire; meaningless before the handshake.
+    pub fn sent(&self) -> Revision {
+        Revision(self.cursor.0.saturating_sub(1))
+    }
+
+    /// Whether to read from the connection: not while what it was answered waits to be sent.
+    pub fn wants_input(&self) -> bool {
+        self.control.len() < MAX_CONTROL
+    }
+
+    /// How often the follower fell behind.
+    pub fn jumps(&self) -> u32 {
+        self.jumps
+    }
+
+    /// How large a frame the peer may send now.
+    pub fn max_frame_bytes(&self) -> usize {
+        match self.state {
+            State::Hello | State::Subscribing | State::Closed => limits::HANDSHAKE_FRAME_BYTES,
+            State::Relay | State::Diff(_) => self.config.limits.frame_bytes,
+        }
+    }
+
+    #[cfg_attr(not(feature = "mutations"), allow(clippy::unused_self, reason = "one shape"))]
+    fn breaks(&self, rule: Mutation) -> bool {
+        #[cfg(feature = "mutations")]
+        return self.mutation == Some(rule);
+        #[cfg(not(feature = "mutations"))]
+        {
+            let _: Mutation = rule;
+            false
+        }
+    }
+}
+
+impl State {
+    fn name(&self) -> &'static str {
+        match self {
+            Self::Hello => "Hello",
+            Self::Subscribing => "Subscribing",
+            Self::Relay => "Relay",
+            Self::Diff(_) => "Diff",
+            Self::Closed => "Closed",
+        }
+    }
+}
+
+fn any_covered(updated: &BTreeSet<KeyHash>, prefix: KeyPrefix) -> bool {
+    updated.range(prefix.first()..).next().is_some_and(|hash| prefix.covers(hash))
+}
+
+fn repair_message(diff: DiffId, values: Values) -> ToClient {
+    let writes = values.writes.into_iter().map(|(_, key, value)| Change::Write { key, value });
+    // All prefixes of one walk are of one length.
+    let prefix_bytes = values.deletes.first().map_or(1, |prefix| prefix.as_bytes().len());
+    let deletes: Vec<u8> = values.deletes.iter().flat_map(|p| p.as_bytes()).copied().collect();
+    ToClient::Repair {
+        diff,
+        writes: Changes(writes.collect()),
+        prefix_bytes: u8::try_from(prefix_bytes).unwrap_or(u8::MAX),
+        deletes: Raw(deletes.into()),
+    }
+}

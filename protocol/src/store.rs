@@ -1,0 +1,133 @@
+//! Where values live: what a user implements on either side, and the one in memory.
+
+use std::fmt;
+use std::sync::{Arc, PoisonError, RwLock};
+
+use imbl::OrdMap;
+
+use crate::change::{Change, Key, Value};
+
+/// What a store says when it does not do what it was told. The text is for people.
+#[derive(Debug, thiserror::Error)]
+#[error("store: {0}")]
+pub struct StoreError(#[source] Box<dyn std::error::Error + Send + Sync>);
+
+impl StoreError {
+    /// An error from whatever the storage underneath said.
+    pub fn new(error: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> Self {
+        Self(error.into())
+    }
+}
+
+/// Holds the values of a table. Owned by one actor, which alone writes; read by anyone.
+///
+/// Synchronous: a store may block, and then blocks its own actor only.
+///
+/// ```
+/// use tablecast_protocol::{Change, MemoryStore, Reader, Store};
+///
+/// let mut store = MemoryStore::new();
+/// store.apply(&[Change::write("colour", "blue")]).unwrap();
+/// let reader = store.reader();
+/// assert_eq!(reader.get(b"colour").unwrap().as_deref(), Some(&b"blue"[..]));
+/// ```
+pub trait Store: Send + 'static {
+    /// Applies changes in their order, all or nothing. A server passes a whole batch, a follower
+    /// one change at a time.
+    ///
+    /// # Errors
+    /// If it refuses: then it must be as it was before. The change is not made anywhere else.
+    fn apply(&mut self, changes: &[Change]) -> Result<(), StoreError>;
+
+    /// A reader of what has been applied, now and later. Called once.
+    fn reader(&self) -> Arc<dyn Reader>;
+}
+
+/// Reads a store, from any thread, while its owner writes.
+pub trait Reader: Send + Sync {
+    /// The value of a key.
+    ///
+    /// # Errors
+    /// If the storage underneath fails.
+    fn get(&self, key: &[u8]) -> Result<Option<Value>, StoreError>;
+
+    /// How many keys there are.
+    ///
+    /// # Errors
+    /// If the storage underneath fails.
+    fn len(&self) -> Result<usize, StoreError>;
+
+    /// Whether there is no key.
+    ///
+    /// # Errors
+    /// If the storage underneath fails.
+    fn is_empty(&self) -> Result<bool, StoreError> {
+        Ok(self.len()? == 0)
+    }
+
+    /// All keys and values as they are at one moment, in the order of the keys' bytes.
+    fn snapshot(&self) -> Box<dyn Iterator<Item = Result<(Key, Value), StoreError>> + Send>;
+}
+
+/// A store in memory: an ordered map whose snapshots are O(1).
+///
+/// A clone is another handle on the same map: keep one to read, or to change the map behind the
+/// table's back in a test.
+#[derive(Clone, Default)]
+pub struct MemoryStore {
+    map: Arc<RwLock<OrdMap<Key, Value>>>,
+}
+
+impl MemoryStore {
+    /// An empty store.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    fn map(&self) -> OrdMap<Key, Value> {
+        self.map.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+}
+
+impl FromIterator<(Key, Value)> for MemoryStore {
+    fn from_iter<I: IntoIterator<Item = (Key, Value)>>(entries: I) -> Self {
+        Self { map: Arc::new(RwLock::new(entries.into_iter().collect())) }
+    }
+}
+
+impl Store for MemoryStore {
+    fn apply(&mut self, changes: &[Change]) -> Result<(), StoreError> {
+        let mut map = self.map.write().unwrap_or_else(PoisonError::into_inner);
+        for change in changes {
+            match change {
+                Change::Write { key, value } => map.insert(key.clone(), value.clone()),
+                Change::Delete { key } => map.remove(key),
+            };
+        }
+        Ok(())
+    }
+
+    fn reader(&self) -> Arc<dyn Reader> {
+        Arc::new(self.clone())
+    }
+}
+
+impl Reader for MemoryStore {
+    fn get(&self, key: &[u8]) -> Result<Option<Value>, StoreError> {
+        Ok(self.map.read().unwrap_or_else(PoisonError::into_inner).get(key).cloned())
+    }
+
+    fn len(&self) -> Result<usize, StoreError> {
+        Ok(self.map.read().unwrap_or_else(PoisonError::into_inner).len())
+    }
+
+    fn snapshot(&self) -> Box<dyn Iterator<Item = Result<(Key, Value), StoreError>> + Send> {
+        Box::new(self.map().into_iter().map(Ok))
+    }
+}
+
+impl fmt::Debug for MemoryStore {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("MemoryStore").field("len", &self.map().len()).finish()
+    }
+}

@@ -1,0 +1,261 @@
+//! The canonical table: store, tree, and the history of its changes.
+
+use std::collections::VecDeque;
+use std::fmt;
+use std::sync::Arc;
+
+use crate::change::{Change, Key, Value};
+use crate::diff::Difference;
+use crate::limits::{LimitError, Limits};
+use crate::log::Chunk;
+use crate::position::{Chain, Digest, Epoch, Position, Revision};
+use crate::store::{Reader, Store, StoreError};
+use crate::tree::{Hash, KeyHash, KeyPrefix, Tree};
+use crate::wire::LiveFrame;
+
+/// Single changes are put together into frames of up to about this size: about as much as a
+/// socket takes at once, and little enough that a change in it is not delayed by the others.
+const LIVE_FRAME_BYTES: usize = 64 << 10;
+
+/// Most keys that one turn of the server looks up for a repair, whatever their size: about a
+/// millisecond of work, which is how long a repair may delay a write.
+const READ_KEYS: usize = 1024;
+
+/// Why a write did not happen. Nothing has changed then, anywhere.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum WriteError {
+    /// Too large.
+    #[error(transparent)]
+    Limit(#[from] LimitError),
+    /// The store refused.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+}
+
+/// What the server owns, without the actor: one call validates a batch, applies it to the store
+/// and the tree, gives it its revisions and encodes it, once for all followers.
+///
+/// ```
+/// use tablecast_protocol::{Change, Epoch, Limits, MemoryStore, Revision, Table};
+///
+/// let mut table = Table::open(MemoryStore::new(), Limits::default()).unwrap();
+/// table.write(&[Change::write("filled", "before")]).unwrap();
+/// table.ready(Epoch::from_bytes([7; 16]));
+/// table.write(&[Change::write("a", "1"), Change::delete("b")]).unwrap();
+/// assert_eq!(table.position().unwrap().revision, Revision(2));
+/// table.seal();
+/// let (chunk, _chain) = table.next_chunk().unwrap();
+/// assert_eq!((chunk.first, chunk.keys.len()), (Revision(1), 2));
+/// ```
+pub struct Table {
+    store: Box<dyn Store>,
+    reader: Arc<dyn Reader>,
+    tree: Tree,
+    limits: Limits,
+    /// `None` until [`Table::ready`]: changes before have no revision, and nobody sees them live.
+    epoch: Option<Epoch>,
+    head: Revision,
+    chain: Chain,
+    open: OpenFrame,
+    sealed: VecDeque<(Chunk, Chain)>,
+}
+
+/// Changes that are in the table, and not in a chunk yet.
+struct OpenFrame {
+    frame: LiveFrame,
+    first: Revision,
+    before: Chain,
+    keys: Vec<KeyHash>,
+}
+
+/// What a turn of the server read for a repair: the state of some keys at one revision.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Values {
+    /// The revision: every change up to it is in these values.
+    pub revision: Revision,
+    /// Where in the [`Difference`] the next read begins: writes first, then deletes.
+    pub next: usize,
+    /// Keys that are there, with their values.
+    pub writes: Vec<(KeyHash, Key, Value)>,
+    /// Prefixes that no key of the table begins with.
+    pub deletes: Vec<KeyPrefix>,
+    /// How many keys are not as the walk found them any more: absent where it saw one, there where
+    /// it saw none. A live change says so.
+    pub changed: u64,
+    /// Keys whose value is not what the tree says, or could not be read.
+    pub failed: Vec<KeyHash>,
+}
+
+impl Table {
+    /// A table of what a store holds already. Builds its tree in bulk.
+    ///
+    /// # Errors
+    /// If the store cannot be read.
+    pub fn open(store: impl Store, limits: Limits) -> Result<Self, StoreError> {
+        let reader = store.reader();
+        let tree = build(&*reader)?;
+        Ok(Self {
+            store: Box::new(store),
+            reader,
+            tree,
+            limits,
+            epoch: None,
+            head: Revision::ZERO,
+            chain: Chain::START,
+            open: OpenFrame {
+                frame: LiveFrame::default(),
+                first: Revision::ZERO.next(),
+                before: Chain::START,
+                keys: Vec::new(),
+            },
+            sealed: VecDeque::new(),
+        })
+    }
+
+    /// Ends the filling and begins a history. Does nothing the second time.
+    pub fn ready(&mut self, epoch: Epoch) {
+        self.epoch.get_or_insert(epoch);
+    }
+
+    /// Applies a batch, all or nothing. An empty batch changes nothing.
+    ///
+    /// Costs, beside the store: two hashes, a chain block and a path of the tree a change.
+    ///
+    /// # Errors
+    /// If a change or the batch is too large, or the store refuses. Nothing has changed then.
+    pub fn write(&mut self, changes: &[Change]) -> Result<(), WriteError> {
+        let bytes = self.limits.check_batch(changes)?;
+        self.store.apply(changes)?;
+        if self.open.frame.bytes() + bytes > LIVE_FRAME_BYTES {
+            self.seal();
+        }
+        for change in changes {
+            let digest = Digest::of(change);
+            apply_to_tree(&mut self.tree, change.key(), &digest);
+            if self.epoch.is_some() {
+                self.head = self.head.next();
+                self.chain = self.chain.fold(&digest);
+                self.open.frame.push(change);
+                self.open.keys.push(digest.key);
+            }
+        }
+        Ok(())
+    }
+
+    /// Makes a chunk of what was written since the last one. The head is the end of a chunk then,
+    /// so that a stream can stand exactly there.
+    pub fn seal(&mut self) {
+        if self.open.keys.is_empty() {
+            return;
+        }
+        let OpenFrame { frame, first, before, keys } = &mut self.open;
+        let chunk = Chunk {
+            first: *first,
+            before: *before,
+            frame: frame.take(*first, before),
+            keys: keys.as_slice().into(),
+        };
+        keys.clear();
+        (*first, *before) = (self.head.next(), self.chain);
+        self.sealed.push_back((chunk, self.chain));
+    }
+
+    /// The next chunk for the log, and the chain behind it.
+    pub fn next_chunk(&mut self) -> Option<(Chunk, Chain)> {
+        self.sealed.pop_front()
+    }
+
+    /// Where the history stands; `None` before [`Table::ready`].
+    pub fn position(&self) -> Option<Position> {
+        self.epoch.map(|epoch| Position { epoch, revision: self.head, chain: self.chain })
+    }
+
+    /// The tree as it is. Clone it for a snapshot: O(1).
+    pub fn tree(&self) -> &Tree {
+        &self.tree
+    }
+
+    /// Reads the table from any thread.
+    pub fn reader(&self) -> Arc<dyn Reader> {
+        Arc::clone(&self.reader)
+    }
+
+    /// The keys of `found` from number `from` on, as they are now: up to about `max_bytes` of them,
+    /// and one at the least. Each value is checked against the tree, since somebody may have
+    /// changed the store behind the server's back.
+    pub fn read(&mut self, found: &Difference, from: usize, max_bytes: usize) -> Values {
+        self.seal();
+        let mut values = Values {
+            revision: self.head,
+            next: from,
+            writes: Vec::new(),
+            deletes: Vec::new(),
+            changed: 0,
+            failed: Vec::new(),
+        };
+        let mut bytes = 0;
+        while bytes < max_bytes && values.next - from < READ_KEYS {
+            if let Some(key) = found.writes.get(values.next) {
+                let hash = KeyHash::of(key);
+                match self.checked_value(&hash, key) {
+                    Ok(Some(value)) => {
+                        let size = key.len() + value.len();
+                        if bytes > 0 && bytes + size > max_bytes {
+                            break;
+                        }
+                        bytes += size;
+                        values.writes.push((hash, key.clone(), value));
+                    }
+                    Ok(None) => values.changed += 1,
+                    Err(()) => values.failed.push(hash),
+                }
+            } else if let Some(prefix) = found.deletes.get(values.next - found.writes.len()) {
+                match self.tree.get_prefix(*prefix).next() {
+                    Some(_) => values.changed += 1,
+                    None => values.deletes.push(*prefix),
+                }
+                bytes += KeyHash::BYTES;
+            } else {
+                break;
+            }
+            values.next += 1;
+        }
+        values
+    }
+
+    /// The value of a key; `Ok(None)` if the tree has no such key, an error if the store does not
+    /// have what the tree says.
+    fn checked_value(&self, hash: &KeyHash, key: &Key) -> Result<Option<Value>, ()> {
+        let Some(entry) = self.tree.get_hashed(hash, key) else { return Ok(None) };
+        match self.reader.get(key) {
+            Ok(Some(value)) if Hash::of_entry(key, &value) == *entry.hash() => Ok(Some(value)),
+            Ok(_) | Err(_) => Err(()),
+        }
+    }
+}
+
+impl fmt::Debug for Table {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Table")
+            .field("len", &self.tree.len())
+            .field("position", &self.position())
+            .finish_non_exhaustive()
+    }
+}
+
+/// The tree of what a store holds.
+pub(crate) fn build(reader: &dyn Reader) -> Result<Tree, StoreError> {
+    reader
+        .snapshot()
+        .map(|entry| entry.map(|(key, value)| crate::tree::Entry::new(&key, &value)))
+        .collect()
+}
+
+/// Does to a tree what a change did to its store.
+pub(crate) fn apply_to_tree(tree: &mut Tree, key: &[u8], digest: &Digest) {
+    match digest.entry(key) {
+        Some(entry) => tree.insert_entry(entry),
+        None => tree.remove_hashed(&digest.key, key),
+    };
+}

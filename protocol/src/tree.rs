@@ -1,0 +1,301 @@
+//! The Merkle tree over a table.
+//!
+//! A 16-ary trie over the hash of the key. A subtree of up to [`LEAF_ENTRIES`] entries is a leaf,
+//! one of more an inner node, so the shape (and with it the root) depends on the content alone:
+//!
+//! ```text
+//!                       root: 40 entries
+//!        nibble 0 ─────────┼── ... ──────── nibble f
+//!     leaf: 3 entries   leaf: 2              (absent)
+//!     00.. 02.. 0f..    71.. 7c..
+//! ```
+//!
+//! Nodes are shared by `Arc`: a snapshot is a copy of one pointer, and a writer copies only the
+//! path that it touches while a snapshot is held. Hashes are computed when somebody asks for a
+//! root and cached in the nodes, so that a batch of writes pays once, and so that a root computed
+//! on a snapshot, on any thread, is there for everyone who shares the nodes.
+//!
+//! The idea of a trie whose shape the keys' hashes decide is that of merklet and of Merkle search
+//! trees (Auvolat and Taïani, 2019); hashing real child hashes (never their sum or XOR) is what
+//! keeps a table from being forged.
+
+mod hash;
+mod node;
+mod path;
+
+use std::hash::Hasher;
+
+pub use hash::{Hash, KeyHash};
+pub(crate) use hash::{sent_as_bytes, shown_as_hex};
+pub use node::{Entry, LEAF_ENTRIES};
+use node::{Inner, Leaf, Node};
+pub use path::{KeyPrefix, Path};
+
+/// The tree's layout and hashes on the wire; peers with different ones refuse each other.
+pub const TREE_VERSION: u8 = 1;
+
+/// A persistent Merkle trie over the keys of a table and hashes of their values.
+///
+/// `clone` is the snapshot: O(1), whatever its size. Equality compares roots.
+///
+/// ```
+/// use tablecast_protocol::Tree;
+///
+/// let mut tree = Tree::new();
+/// tree.insert(b"colour", b"blue");
+/// let snapshot = tree.clone();
+/// tree.insert(b"colour", b"red");
+/// assert_ne!(tree.root(), snapshot.root());
+/// tree.insert(b"colour", b"blue");
+/// assert_eq!(tree.root(), snapshot.root());
+/// assert_eq!(tree, Tree::build([("colour", "blue")]));
+/// ```
+#[derive(Clone, Debug, Default)]
+pub struct Tree {
+    top: Option<Node>,
+}
+
+impl Tree {
+    /// An empty tree.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// A tree of unsorted entries; of a key that comes twice the last value counts.
+    ///
+    /// Four times as fast as inserting one by one: O(n log n), with memory touched in order. No
+    /// node is hashed before a root is asked for.
+    pub fn build<K: AsRef<[u8]>, V: AsRef<[u8]>>(
+        entries: impl IntoIterator<Item = (K, V)>,
+    ) -> Self {
+        entries.into_iter().map(|(k, v)| Entry::new(k.as_ref(), v.as_ref())).collect()
+    }
+
+    /// How many keys there are. O(1).
+    pub fn len(&self) -> usize {
+        self.top.as_ref().map_or(0, Node::len)
+    }
+
+    /// Whether there is no key.
+    pub fn is_empty(&self) -> bool {
+        self.top.is_none()
+    }
+
+    /// Writes a key; the hash of its entry before, `None` if it is new.
+    ///
+    /// Costs the two hashes and one path of at most [`Path::MAX_DEPTH`] nodes.
+    pub fn insert(&mut self, key: &[u8], value: &[u8]) -> Option<Hash> {
+        self.insert_entry(Entry::new(key, value))
+    }
+
+    /// Writes an entry that is hashed already.
+    pub fn insert_entry(&mut self, entry: Entry) -> Option<Hash> {
+        node::insert(&mut self.top, 0, entry)
+    }
+
+    /// Deletes a key; the hash of its entry, `None` if it was absent.
+    pub fn remove(&mut self, key: &[u8]) -> Option<Hash> {
+        self.remove_hashed(&KeyHash::of(key), key)
+    }
+
+    /// Deletes a key whose hash is known.
+    pub fn remove_hashed(&mut self, hash: &KeyHash, key: &[u8]) -> Option<Hash> {
+        // Asked first, so that an absent key copies no node and clears no hash.
+        self.get_hashed(hash, key)?;
+        node::remove(&mut self.top, 0, hash, key)
+    }
+
+    /// The entry of a key.
+    pub fn get(&self, key: &[u8]) -> Option<&Entry> {
+        self.get_hashed(&KeyHash::of(key), key)
+    }
+
+    /// The entry of a key whose hash is known.
+    pub fn get_hashed(&self, hash: &KeyHash, key: &[u8]) -> Option<&Entry> {
+        let mut node = self.top.as_ref()?;
+        let mut depth = 0;
+        loop {
+            match node {
+                Node::Leaf(leaf) => {
+                    return leaf.find(depth, hash, key).ok().and_then(|at| leaf.entries.get(at));
+                }
+                Node::Inner(inner) => node = inner.child(hash.nibble(depth))?,
+            }
+            depth += 1;
+        }
+    }
+
+    /// The entries whose keys' hashes begin with these bytes.
+    pub fn get_prefix(&self, prefix: KeyPrefix) -> impl Iterator<Item = &Entry> {
+        let whole = prefix.as_bytes().len() * 2;
+        let subtree = Path::unpack(whole, prefix.as_bytes()).map(|path| self.subtree(&path));
+        subtree.into_iter().flat_map(|subtree| subtree.iter())
+    }
+
+    /// The root: two tables with one root are equal. Hashes what changed since the last time.
+    pub fn root(&self) -> Hash {
+        self.top.as_ref().map_or_else(|| Hash::of_leaf(std::iter::empty()), |node| *node.hash())
+    }
+
+    /// All entries, in the order of their keys' hashes.
+    pub fn iter(&self) -> Entries<'_> {
+        self.subtree(&Path::ROOT).iter()
+    }
+
+    /// What is at a path.
+    pub(crate) fn subtree(&self, path: &Path) -> Subtree<'_> {
+        let Some(mut node) = self.top.as_ref() else { return Subtree::Empty };
+        let mut depth = 0;
+        loop {
+            match node {
+                Node::Leaf(leaf) if depth == path.depth() => return Subtree::Leaf(leaf),
+                Node::Leaf(leaf) => return Subtree::part(&leaf.entries, path),
+                Node::Inner(inner) if depth == path.depth() => return Subtree::Inner(inner),
+                Node::Inner(inner) => match inner.child(path.nibble(depth)) {
+                    Some(child) => node = child,
+                    None => return Subtree::Empty,
+                },
+            }
+            depth += 1;
+        }
+    }
+}
+
+impl FromIterator<Entry> for Tree {
+    /// A tree of entries that are hashed already; of a key that comes twice the last one counts.
+    ///
+    /// The entries are dealt out by the first byte of their hashes, so that each part is sorted
+    /// within a processor's cache and its memory is free again before the next: fresh memory costs
+    /// as much as the hashes.
+    fn from_iter<I: IntoIterator<Item = Entry>>(entries: I) -> Self {
+        let entries = entries.into_iter();
+        let count = entries.size_hint().0;
+        let mut parts = Vec::new();
+        parts.resize_with(256, || Vec::with_capacity(count / 256 + count / 2048));
+        for entry in entries {
+            if let Some(part) = parts.get_mut(usize::from(entry.key_hash().as_bytes()[0])) {
+                part.push(entry);
+            }
+        }
+        let mut parts = parts.into_iter().map(|part| Node::build_unsorted(part, 2));
+        let mut half = || Node::join(std::array::from_fn(|_| parts.next().flatten()));
+        Self { top: Node::join(std::array::from_fn(|_| half())) }
+    }
+}
+
+impl PartialEq for Tree {
+    fn eq(&self, other: &Self) -> bool {
+        self.root() == other.root()
+    }
+}
+
+impl Eq for Tree {}
+
+impl std::hash::Hash for Tree {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        self.root().hash(state);
+    }
+}
+
+/// The entries below a path, as the trie would hold them were the path its root.
+///
+/// A leaf may stand above the path; then the part of it that is below the path is meant. So a
+/// subtree has the same hash on both ends whenever it has the same entries, however the trees
+/// around it are shaped.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Subtree<'a> {
+    Empty,
+    Leaf(&'a Leaf),
+    /// A part of a leaf; never empty.
+    Part(&'a [Entry]),
+    Inner(&'a Inner),
+}
+
+impl<'a> Subtree<'a> {
+    fn part(entries: &'a [Entry], path: &Path) -> Self {
+        let start = entries.partition_point(|entry| entry.key_hash() < path.first());
+        let tail = entries.get(start..).unwrap_or_default();
+        let part = tail.get(..tail.partition_point(|entry| path.covers(entry.key_hash())));
+        part.filter(|part| !part.is_empty()).map_or(Self::Empty, Self::Part)
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        match self {
+            Self::Empty => 0,
+            Self::Leaf(leaf) => leaf.entries.len(),
+            Self::Part(entries) => entries.len(),
+            Self::Inner(inner) => inner.len,
+        }
+    }
+
+    /// The hash of its node; `None` if it is empty.
+    pub(crate) fn hash(&self) -> Option<Hash> {
+        match self {
+            Self::Empty => None,
+            Self::Leaf(leaf) => Some(*leaf.hash()),
+            Self::Part(entries) => Some(Hash::of_leaf(entries.iter().map(Entry::hash))),
+            Self::Inner(inner) => Some(*inner.hash()),
+        }
+    }
+
+    /// The subtree at `path`, a child of the one that this is.
+    pub(crate) fn child(&self, path: &Path) -> Self {
+        match self {
+            Self::Empty => Self::Empty,
+            Self::Leaf(leaf) => Self::part(&leaf.entries, path),
+            Self::Part(entries) => Self::part(entries, path),
+            Self::Inner(inner) => match inner.child(path.nibble(path.depth().saturating_sub(1))) {
+                None => Self::Empty,
+                Some(Node::Leaf(leaf)) => Self::Leaf(leaf),
+                Some(Node::Inner(inner)) => Self::Inner(inner),
+            },
+        }
+    }
+
+    pub(crate) fn iter(self) -> Entries<'a> {
+        let mut entries = Entries { inner: Vec::new(), leaf: [].iter(), left: self.len() };
+        match self {
+            Self::Empty => {}
+            Self::Leaf(leaf) => entries.leaf = leaf.entries.iter(),
+            Self::Part(part) => entries.leaf = part.iter(),
+            Self::Inner(inner) => entries.inner.push(inner.children.iter()),
+        }
+        entries
+    }
+}
+
+/// Entries in the order of their keys' hashes.
+#[derive(Clone, Debug)]
+pub struct Entries<'a> {
+    /// The inner nodes on the way to the current leaf, each with the children not yet visited.
+    inner: Vec<std::slice::Iter<'a, Option<Node>>>,
+    leaf: std::slice::Iter<'a, Entry>,
+    left: usize,
+}
+
+impl<'a> Iterator for Entries<'a> {
+    type Item = &'a Entry;
+
+    fn next(&mut self) -> Option<&'a Entry> {
+        loop {
+            if let Some(entry) = self.leaf.next() {
+                self.left -= 1;
+                return Some(entry);
+            }
+            match self.inner.last_mut()?.next() {
+                None => {
+                    self.inner.pop();
+                }
+                Some(None) => {}
+                Some(Some(Node::Leaf(leaf))) => self.leaf = leaf.entries.iter(),
+                Some(Some(Node::Inner(inner))) => self.inner.push(inner.children.iter()),
+            }
+        }
+    }
+
+    fn size_hint(&self) -> (usize, Option<usize>) {
+        (self.left, Some(self.left))
+    }
+}
+
+impl ExactSizeIterator for Entries<'_> {}

@@ -1,0 +1,212 @@
+//! The three promises of DESIGN section 6, under any interleaving; and that the tests can fail.
+
+use proptest::prelude::*;
+use proptest::test_runner::{Config, RngAlgorithm, TestRng, TestRunner};
+use tablecast_protocol::{Change, Mutation, Store};
+
+use crate::pair::{Action, Checked, World, WorldConfig, key};
+
+fn action() -> impl Strategy<Value = Action> {
+    let f = 0_u8..3;
+    prop_oneof![
+        8 => (any::<u8>(), any::<u8>(), any::<bool>())
+            .prop_map(|(key, keys, delete)| Action::Write { key, keys, delete }),
+        6 => Just(Action::Seal),
+        12 => f.clone().prop_map(Action::Serve),
+        12 => f.clone().prop_map(Action::Answer),
+        12 => (f.clone(), any::<u8>()).prop_map(|(f, which)| Action::Differ(f, which)),
+        20 => f.clone().prop_map(Action::Transmit),
+        14 => f.clone().prop_map(Action::ToServer),
+        20 => f.clone().prop_map(Action::ToClient),
+        12 => f.clone().prop_map(Action::Work),
+        2 => f.clone().prop_map(Action::Diff),
+        1 => f.clone().prop_map(Action::Cut),
+        4 => f.clone().prop_map(Action::Connect),
+        1 => (f, any::<u8>()).prop_map(|(f, number)| Action::Spoil(f, number)),
+    ]
+}
+
+fn actions() -> impl Strategy<Value = Vec<Action>> {
+    proptest::collection::vec(action(), 50..600)
+}
+
+fn config() -> impl Strategy<Value = WorldConfig> {
+    (1_usize..=3, 100_usize..1000, 2_usize..40, 8_usize..200, 1_usize..=2).prop_map(
+        |(followers, log_bytes, updated_keys, repair_bytes, diffs_at_once)| WorldConfig {
+            followers,
+            log_bytes,
+            updated_keys,
+            repair_bytes,
+            diffs_at_once,
+            mutation: None,
+        },
+    )
+}
+
+fn run(config: WorldConfig, actions: &[Action]) -> Result<World, String> {
+    let mut world = World::new(config);
+    for follower in 0..3 {
+        world.act(Action::Connect(follower))?;
+    }
+    actions.iter().try_for_each(|action| world.act(*action))?;
+    world.converge()?;
+    Ok(world)
+}
+
+fn failed(why: String) -> TestCaseError {
+    TestCaseError::fail(why)
+}
+
+proptest! {
+    // PROPTEST_CASES asks for more.
+    #![proptest_config(Config { cases: Config::default().cases.max(400), ..Config::default() })]
+
+    #[test]
+    fn one_quiet_diff_makes_all_tables_equal(config in config(), actions in actions()) {
+        run(config, &actions).map_err(failed)?;
+    }
+
+    #[test]
+    fn also_across_restarts_of_the_server(
+        config in config(),
+        lives in proptest::collection::vec(proptest::collection::vec(action(), 30..200), 2..4),
+    ) {
+        let mut world = World::new(config);
+        for life in &lives {
+            life.iter().try_for_each(|action| world.act(*action)).map_err(failed)?;
+            world.act(Action::Restart).map_err(failed)?;
+        }
+        world.converge().map_err(failed)?;
+    }
+}
+
+/// The generated runs reach what they are there for.
+#[test]
+fn the_runs_are_not_idle() {
+    let mut runner = runner(100);
+    let total = std::cell::RefCell::new(crate::pair::Stats::default());
+    runner
+        .run(&(config(), actions()), |(config, actions)| {
+            let stats = run(config, &actions).map_err(failed)?.stats;
+            let mut total = total.borrow_mut();
+            total.repaired += stats.repaired;
+            total.suppressed += stats.suppressed;
+            total.jumps += stats.jumps;
+            total.aborts += stats.aborts;
+            total.stale += stats.stale;
+            total.overflows += stats.overflows;
+            total.queued += stats.queued;
+            total.cuts += stats.cuts;
+            Ok(())
+        })
+        .unwrap();
+    let total = total.into_inner();
+    for (count, what) in [
+        (total.repaired, "repairs"),
+        (total.suppressed, "suppressed keys"),
+        (total.jumps, "jumps"),
+        (total.aborts, "aborts"),
+        (total.stale, "stale requests"),
+        (total.overflows, "overflows"),
+        (total.queued, "queued diffs"),
+        (total.cuts, "cuts"),
+    ] {
+        assert!(count >= 10, "only {count} {what} in 100 runs: {total:?}");
+    }
+}
+
+fn runner(cases: u32) -> TestRunner {
+    let rng = TestRng::from_seed(RngAlgorithm::ChaCha, &[7; 32]);
+    let config =
+        Config { cases, failure_persistence: None, max_shrink_iters: 0, ..Config::default() };
+    TestRunner::new_with_rng(config, rng)
+}
+
+/// How a broken protocol is noticed: what the first run that fails says.
+fn caught(mutation: Mutation) -> String {
+    let found = std::cell::RefCell::new(None);
+    let result = runner(3000).run(&(config(), actions()), |(config, actions)| {
+        let config = WorldConfig { mutation: Some(mutation), ..config };
+        run(config, &actions).map(drop).map_err(|why| {
+            found.borrow_mut().get_or_insert(why.clone());
+            failed(why)
+        })
+    });
+    assert!(result.is_err(), "nobody notices {mutation:?}");
+    found.into_inner().unwrap()
+}
+
+#[test]
+fn notices_a_missing_suppression() {
+    assert!(caught(Mutation::NoSuppression).contains("updated mid-diff"));
+}
+
+#[test]
+fn notices_recording_that_begins_after_the_snapshot() {
+    assert!(caught(Mutation::RecordAfterSnapshot).contains("updated mid-diff"));
+}
+
+#[test]
+fn notices_recording_that_ends_with_the_walk() {
+    assert!(caught(Mutation::RecordingEndsWithWalk).contains("updated mid-diff"));
+}
+
+#[test]
+fn notices_a_missing_hold() {
+    assert!(caught(Mutation::NoHold).contains("repaired by"));
+}
+
+#[test]
+fn notices_a_differ_of_an_earlier_diff() {
+    caught(Mutation::StaleDiffer);
+}
+
+#[test]
+fn notices_a_jump_that_does_not_abort() {
+    caught(Mutation::JumpKeepsDiff);
+}
+
+/// Whatever the tests of the tests find, the same runs pass unbroken.
+#[test]
+fn the_same_runs_pass_unbroken() {
+    runner(300)
+        .run(&(config(), actions()), |(config, actions)| {
+            run(config, &actions).map(drop).map_err(failed)
+        })
+        .unwrap();
+}
+
+#[test]
+fn a_refused_key_is_reported_and_repaired_by_the_next_diff() -> Checked {
+    let mut world = World::new(WorldConfig { followers: 1, ..WorldConfig::default() });
+    world.refuse(0, [key(1), key(2)]);
+    world.act(Action::Connect(0))?;
+    world.settle()?;
+    let (root, server_root, counts) = world.followers[0].last_diff.unwrap();
+    assert_ne!(root, server_root);
+    assert_eq!(counts.failed, 2);
+    // A live change is refused as well: nothing else is lost.
+    world.act(Action::Write { key: 1, keys: 2, delete: false })?;
+    world.settle()?;
+    world.refuse(0, []);
+    world.act(Action::Diff(0))?;
+    world.settle()?;
+    let (root, server_root, counts) = world.followers[0].last_diff.unwrap();
+    assert_eq!(root, server_root);
+    assert_eq!((counts.written, counts.failed), (2, 0));
+    world.converge()
+}
+
+#[test]
+fn a_value_that_changed_behind_the_servers_back_is_not_sent() -> Checked {
+    let mut world = World::new(WorldConfig { followers: 1, ..WorldConfig::default() });
+    // Key 0 differs on no follower, key 3 on all of them.
+    world.server_store().apply(&[Change::write(key(3), "forged")]).unwrap();
+    world.act(Action::Connect(0))?;
+    let result = world.settle();
+    // The roots are equal as far as the trees know; the follower's lacks the key.
+    let (root, server_root, counts) = world.followers[0].last_diff.ok_or("no diff")?;
+    assert_eq!(counts.failed, 1, "{result:?}");
+    assert_ne!(root, server_root);
+    Ok(())
+}

@@ -1,0 +1,764 @@
+//! A server and its followers in one thread: real tables, logs, sessions and walks, joined by queues
+//! whose delivery the test chooses.
+//!
+//! What the actors do is done here in small steps, any of which may be late: a request of a Middleman to
+//! the Server, the answer, a step of a Differ, a frame on its way, a hash computed elsewhere.
+
+use std::collections::{BTreeSet, VecDeque};
+use std::time::Duration;
+
+use bytes::Bytes;
+use imbl::OrdMap;
+use tablecast_protocol::client::{self, Output, RootOf};
+use tablecast_protocol::diff::{self, Answer, Query, Step, Walk};
+use tablecast_protocol::server::{self, Event, SessionConfig, Transmit};
+use tablecast_protocol::wire::{self, HEADER_BYTES};
+use tablecast_protocol::{
+    AbortReason, Change, DiffId, Digest, Epoch, FollowerId, Hash, HeartbeatConfig, Key, Limits,
+    Log, MemoryStore, Mutation, Position, Reader, Replica, Revision, Store, StoreError, Table,
+    ToClient, ToServer, Tree, Value, Values,
+};
+
+pub type Map = OrdMap<Key, Value>;
+
+/// What a property says when it does not hold.
+pub type Checked = Result<(), String>;
+
+/// Most frames on their way to a follower: its socket takes no more.
+const ROOM: usize = 6;
+
+#[derive(Clone, Debug)]
+pub struct WorldConfig {
+    pub followers: usize,
+    pub log_bytes: usize,
+    pub updated_keys: usize,
+    pub repair_bytes: usize,
+    pub diffs_at_once: usize,
+    pub mutation: Option<Mutation>,
+}
+
+impl Default for WorldConfig {
+    fn default() -> Self {
+        Self {
+            followers: 3,
+            log_bytes: 1200,
+            updated_keys: 12,
+            repair_bytes: 40,
+            diffs_at_once: 2,
+            mutation: None,
+        }
+    }
+}
+
+/// One thing that happens. Numbers are taken modulo what there is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Action {
+    Write {
+        key: u8,
+        keys: u8,
+        delete: bool,
+    },
+    Seal,
+    /// The Server takes the next request of this Middleman.
+    Serve(u8),
+    /// This Middleman takes the next answer of the Server, or step of a Differ.
+    Answer(u8),
+    /// A Differ of this Middleman works.
+    Differ(u8, u8),
+    /// The socket has room for a frame.
+    Transmit(u8),
+    ToServer(u8),
+    ToClient(u8),
+    /// Something computed elsewhere is there.
+    Work(u8),
+    Diff(u8),
+    Cut(u8),
+    Connect(u8),
+    Restart,
+    /// Somebody changes a follower's table behind its back, while it is not connected.
+    Spoil(u8, u8),
+}
+
+/// What has happened, so that a test can show that it does happen.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Stats {
+    pub diffs: u64,
+    pub repaired: u64,
+    pub suppressed: u64,
+    pub jumps: u64,
+    pub aborts: u64,
+    pub stale: u64,
+    pub overflows: u64,
+    pub queued: u64,
+    pub cuts: u64,
+}
+
+pub struct World {
+    config: WorldConfig,
+    table: Table,
+    store: MemoryStore,
+    log: Log,
+    epoch: u8,
+    /// The table at every revision of this epoch.
+    history: Vec<Map>,
+    running: Vec<(usize, u64, DiffId)>,
+    waiting: VecDeque<(usize, u64, DiffId)>,
+    pub followers: Vec<Follower>,
+    connections: u64,
+    pub stats: Stats,
+    writes: u64,
+}
+
+pub struct Follower {
+    replica: Replica,
+    store: RefusingStore,
+    link: Option<Link>,
+    /// When each key was last written or deleted by a live change or repair of this epoch.
+    seen: OrdMap<Key, Revision>,
+    wants_diff: bool,
+    pub last_diff: Option<(Hash, Hash, client::Counts)>,
+}
+
+struct Link {
+    id: u64,
+    server: server::Session,
+    client: client::Session,
+    to_server: VecDeque<Bytes>,
+    to_client: VecDeque<Bytes>,
+    /// From the Middleman to the Server.
+    requests: VecDeque<Event>,
+    /// From the Server and the Differs to the Middleman.
+    replies: VecDeque<Reply>,
+    differs: Vec<Differ>,
+    work: VecDeque<Work>,
+    /// Keys of live changes since `SyncStart`, as the follower sees them.
+    updated: BTreeSet<Key>,
+}
+
+enum Reply {
+    Subscribed(Position),
+    Admitted(DiffId),
+    Snapshot(DiffId, Tree),
+    Step(DiffId, Step),
+    Values(DiffId, Values),
+    Mark(DiffId, Revision, Tree),
+    Root(Revision, Hash),
+}
+
+struct Differ {
+    diff: DiffId,
+    walk: Option<Walk>,
+    tree: Tree,
+    root: Hash,
+    len: u64,
+    full: bool,
+    answers: VecDeque<Answer>,
+    /// Told to stop: it still works off what it has.
+    stopping: bool,
+}
+
+enum Work {
+    Root(RootOf, Tree),
+    Answer(DiffId, Tree, Query),
+}
+
+/// A store that refuses some keys while it is told to.
+#[derive(Clone, Default)]
+pub struct RefusingStore {
+    pub inner: MemoryStore,
+    pub refused: std::sync::Arc<std::sync::Mutex<BTreeSet<Key>>>,
+}
+
+impl Store for RefusingStore {
+    fn apply(&mut self, changes: &[Change]) -> Result<(), StoreError> {
+        let refused = self.refused.lock().unwrap();
+        match changes.iter().find(|change| refused.contains(change.key())) {
+            Some(change) => Err(StoreError::new(format!("{:?} is refused", change.key()))),
+            None => self.inner.apply(changes),
+        }
+    }
+
+    fn reader(&self) -> std::sync::Arc<dyn Reader> {
+        self.inner.reader()
+    }
+}
+
+fn check(holds: bool, why: impl FnOnce() -> String) -> Checked {
+    if holds { Ok(()) } else { Err(why()) }
+}
+
+fn contents(store: &impl Store) -> Map {
+    store.reader().snapshot().map(Result::unwrap).collect()
+}
+
+pub fn key(number: u8) -> Key {
+    match number % 24 {
+        0 => Key::new(),
+        number => Bytes::from(vec![b'k', number]),
+    }
+}
+
+impl World {
+    /// Tables that differ: every follower begins with its own part of the keys.
+    pub fn new(config: WorldConfig) -> Self {
+        let filled = |follower: u8, number: u8| -> (Key, Value) {
+            let stale = (number + follower).is_multiple_of(3);
+            (key(number), Bytes::from(format!("0 {}", if stale { follower } else { 0 })))
+        };
+        let store: MemoryStore = (0..16).map(|number| filled(0, number)).collect();
+        let followers = (1..=config.followers as u8).map(|follower| {
+            let keys = (follower % 4 * 4)..20;
+            let inner: MemoryStore = keys.map(|number| filled(follower, number)).collect();
+            let store = RefusingStore { inner, ..RefusingStore::default() };
+            Follower {
+                replica: Replica::open(store.clone()).unwrap(),
+                store,
+                link: None,
+                seen: OrdMap::new(),
+                wants_diff: false,
+                last_diff: None,
+            }
+        });
+        let mut world = Self {
+            followers: followers.collect(),
+            table: Table::open(store.clone(), Limits::default()).unwrap(),
+            log: Log::new(0, Revision::ZERO, tablecast_protocol::Chain::START),
+            store,
+            config,
+            epoch: 0,
+            history: Vec::new(),
+            running: Vec::new(),
+            waiting: VecDeque::new(),
+            connections: 0,
+            stats: Stats::default(),
+            writes: 0,
+        };
+        world.ready();
+        world
+    }
+
+    fn ready(&mut self) {
+        self.epoch += 1;
+        self.table.ready(Epoch::from_bytes([self.epoch; 16]));
+        let at = self.table.position().unwrap();
+        self.log = Log::new(self.config.log_bytes, at.revision, at.chain);
+        self.history = vec![contents(&self.store)];
+    }
+
+    pub fn act(&mut self, action: Action) -> Checked {
+        let count = self.followers.len();
+        let of = |number: u8| usize::from(number) % count;
+        match action {
+            Action::Write { key: first, keys, delete } => self.write(first, keys, delete),
+            Action::Seal => self.seal(),
+            Action::Serve(f) => self.serve(of(f)),
+            Action::Answer(f) => self.reply(of(f)),
+            Action::Differ(f, which) => self.differ(of(f), which),
+            Action::Transmit(f) => self.transmit(of(f)),
+            Action::ToServer(f) => self.to_server(of(f))?,
+            Action::ToClient(f) => self.to_client(of(f))?,
+            Action::Work(f) => self.work(of(f))?,
+            Action::Diff(f) => {
+                self.followers[of(f)].wants_diff = true;
+                self.begin_diff(of(f))?;
+            }
+            Action::Cut(f) => self.cut(of(f)),
+            Action::Connect(f) => self.connect(of(f))?,
+            Action::Restart => self.restart(),
+            Action::Spoil(f, number) => self.spoil(of(f), number),
+        }
+        self.check()
+    }
+
+    /// A position is a promise: the table is the server's at that revision.
+    fn check(&self) -> Checked {
+        for (index, follower) in self.followers.iter().enumerate() {
+            let Some(position) = follower.link.as_ref().and_then(|link| link.client.position())
+            else {
+                continue;
+            };
+            let expected = &self.history[position.revision.0 as usize];
+            let found = contents(&follower.store);
+            check(&found == expected, || {
+                format!("follower {index} at {position:?} has {found:?}, not {expected:?}")
+            })?;
+        }
+        Ok(())
+    }
+
+    fn write(&mut self, first: u8, keys: u8, delete: bool) {
+        let changes: Vec<Change> = (0..=keys % 4)
+            .map(|number| {
+                self.writes += 1;
+                let revision = self.table.position().unwrap().revision.0 + u64::from(number) + 1;
+                let key = key(first.wrapping_add(number.wrapping_mul(7)));
+                if delete && number % 2 == 0 {
+                    Change::Delete { key }
+                } else {
+                    Change::write(key, format!("{revision} {}", self.writes))
+                }
+            })
+            .collect();
+        self.table.write(&changes).unwrap();
+        for change in changes {
+            let mut map = self.history.last().unwrap().clone();
+            match change {
+                Change::Write { key, value } => map.insert(key, value),
+                Change::Delete { key } => map.remove(&key),
+            };
+            self.history.push(map);
+        }
+    }
+
+    fn seal(&mut self) {
+        self.table.seal();
+        while let Some((chunk, chain)) = self.table.next_chunk() {
+            self.log.push(chunk, chain);
+        }
+    }
+
+    fn restart(&mut self) {
+        for index in 0..self.followers.len() {
+            self.cut(index);
+            self.followers[index].seen = OrdMap::new();
+        }
+        self.table = Table::open(self.store.clone(), Limits::default()).unwrap();
+        self.ready();
+    }
+
+    fn spoil(&mut self, index: usize, number: u8) {
+        let follower = &mut self.followers[index];
+        if follower.link.is_none() {
+            let change = match number % 3 {
+                0 => Change::delete(key(number)),
+                _ => Change::write(key(number), "0 spoilt"),
+            };
+            // Through its own `write`, as sdiff's demo does: the tree knows.
+            let _ = follower.replica.apply(&change);
+        }
+    }
+
+    // The connection.
+
+    fn connect(&mut self, index: usize) -> Checked {
+        if self.followers[index].link.is_some() {
+            return Ok(());
+        }
+        self.connections += 1;
+        let heartbeat = HeartbeatConfig::default();
+        let config = SessionConfig {
+            repair_bytes: self.config.repair_bytes,
+            updated_keys: self.config.updated_keys,
+            ..SessionConfig::default()
+        };
+        let mut server = server::Session::new(config, FollowerId(self.connections), Duration::ZERO);
+        if let Some(mutation) = self.config.mutation {
+            server.mutate(mutation);
+        }
+        let limits = Limits::default();
+        let client = client::Session::new("", limits, heartbeat, None, Duration::ZERO);
+        self.followers[index].link = Some(Link {
+            id: self.connections,
+            server,
+            client,
+            to_server: VecDeque::new(),
+            to_client: VecDeque::new(),
+            requests: VecDeque::new(),
+            replies: VecDeque::new(),
+            differs: Vec::new(),
+            work: VecDeque::new(),
+            updated: BTreeSet::new(),
+        });
+        self.drain_client(index)
+    }
+
+    fn cut(&mut self, index: usize) {
+        if let Some(link) = self.followers[index].link.take() {
+            self.stats.cuts += 1;
+            self.running.retain(|(_, connection, _)| *connection != link.id);
+            self.waiting.retain(|(_, connection, _)| *connection != link.id);
+            self.admit();
+        }
+    }
+
+    fn transmit(&mut self, index: usize) {
+        let Some(link) = &mut self.followers[index].link else { return };
+        if link.to_client.len() < ROOM
+            && let Some(transmit) = link.server.poll_transmit(&self.log)
+        {
+            link.to_client.push_back(match transmit {
+                Transmit::Live(frame) => frame,
+                Transmit::Message(message) => wire::encode(&message),
+            });
+        }
+        self.drain_server(index);
+    }
+
+    fn to_server(&mut self, index: usize) -> Checked {
+        let Some(link) = &mut self.followers[index].link else { return Ok(()) };
+        if let Some(frame) = link.to_server.pop_front() {
+            let message: ToServer =
+                wire::decode(&frame[HEADER_BYTES..], &Limits::default()).unwrap();
+            link.server.handle_message(message, Duration::ZERO);
+        }
+        self.drain_server(index);
+        let link = self.followers[index].link.as_ref();
+        check(link.is_none_or(|link| link.server.state() != "Closed"), || {
+            format!("the server closes the connection of follower {index}")
+        })
+    }
+
+    fn to_client(&mut self, index: usize) -> Checked {
+        let Some(link) = &mut self.followers[index].link else { return Ok(()) };
+        if let Some(frame) = link.to_client.pop_front() {
+            let message: ToClient =
+                wire::decode(&frame[HEADER_BYTES..], &Limits::default()).unwrap();
+            if let ToClient::SyncStart { .. } = message {
+                link.updated.clear();
+            }
+            link.client.handle_message(message, Duration::ZERO);
+        }
+        self.drain_client(index)
+    }
+
+    // The server's side.
+
+    fn drain_server(&mut self, index: usize) {
+        let Some(link) = &mut self.followers[index].link else { return };
+        while let Some(event) = link.server.poll_event() {
+            match event {
+                Event::Walk { diff, tree, root, len, full } => link.differs.push(Differ {
+                    diff,
+                    walk: None,
+                    tree,
+                    root,
+                    len,
+                    full,
+                    answers: VecDeque::new(),
+                    stopping: false,
+                }),
+                Event::Answer(diff, answer) => {
+                    if let Some(differ) = link.differs.iter_mut().find(|d| d.diff == diff) {
+                        differ.answers.push_back(answer);
+                    }
+                }
+                Event::Root(revision, tree) => {
+                    link.replies.push_back(Reply::Root(revision, tree.root()));
+                }
+                Event::EndDiff { diff, aborted } => {
+                    link.differs.iter_mut().filter(|d| d.diff == diff).for_each(|differ| {
+                        differ.stopping = true;
+                    });
+                    match aborted {
+                        Some(AbortReason::Updated) => self.stats.overflows += 1,
+                        Some(_) => self.stats.aborts += 1,
+                        None => {}
+                    }
+                    // Behind the request for a place, which may not have been read yet.
+                    link.requests.push_back(Event::EndDiff { diff, aborted });
+                }
+                Event::FellBehind(_) => self.stats.jumps += 1,
+                Event::Verified { .. } | Event::Close(_) => {}
+                request @ (Event::Subscribe { .. }
+                | Event::Admit(_)
+                | Event::Snapshot(_)
+                | Event::Read { .. }
+                | Event::Mark(_)) => link.requests.push_back(request),
+            }
+        }
+    }
+
+    fn serve(&mut self, index: usize) {
+        let Some(link) = &mut self.followers[index].link else { return };
+        let Some(request) = link.requests.pop_front() else { return };
+        let link_id = link.id;
+        let reply = match request {
+            Event::Subscribe { .. } => {
+                self.seal();
+                Reply::Subscribed(self.table.position().unwrap())
+            }
+            Event::Admit(diff) => {
+                self.waiting.push_back((index, link.id, diff));
+                self.stats.queued += u64::from(self.running.len() >= self.config.diffs_at_once);
+                self.admit();
+                return;
+            }
+            Event::EndDiff { diff, .. } => {
+                let over = (index, link.id, diff);
+                self.log.unmark(FollowerId(link.id), diff);
+                self.running.retain(|running| *running != over);
+                self.waiting.retain(|waiting| *waiting != over);
+                self.admit();
+                return;
+            }
+            Event::Snapshot(diff) => Reply::Snapshot(diff, self.table.tree().clone()),
+            Event::Read { diff, found, from, max_bytes } => {
+                let values = self.table.read(&found, from, max_bytes);
+                self.seal();
+                Reply::Values(diff, values)
+            }
+            Event::Mark(diff) => {
+                self.seal();
+                self.log.mark(FollowerId(link_id), diff);
+                Reply::Mark(diff, self.log.head(), self.table.tree().clone())
+            }
+            other => unreachable!("{other:?} is no request"),
+        };
+        if let Some(link) = &mut self.followers[index].link {
+            link.replies.push_back(reply);
+        }
+    }
+
+    fn admit(&mut self) {
+        while self.running.len() < self.config.diffs_at_once {
+            let Some(next) = self.waiting.pop_front() else { return };
+            let (index, connection, diff) = next;
+            if let Some(link) = &mut self.followers[index].link
+                && link.id == connection
+            {
+                self.running.push(next);
+                link.replies.push_back(Reply::Admitted(diff));
+            }
+        }
+    }
+
+    fn reply(&mut self, index: usize) {
+        let Some(link) = &mut self.followers[index].link else { return };
+        match link.replies.pop_front() {
+            None => {}
+            Some(Reply::Subscribed(at)) => link.server.handle_subscribed(at),
+            Some(Reply::Admitted(diff)) => link.server.handle_admitted(diff),
+            Some(Reply::Snapshot(diff, tree)) => link.server.handle_snapshot(diff, tree),
+            Some(Reply::Step(diff, step)) => link.server.handle_step(diff, step),
+            Some(Reply::Values(diff, values)) => link.server.handle_values(diff, values),
+            Some(Reply::Mark(diff, at, tree)) => link.server.handle_mark(diff, at, tree),
+            Some(Reply::Root(revision, root)) => link.server.handle_root(revision, root),
+        }
+        self.drain_server(index);
+    }
+
+    fn differ(&mut self, index: usize, which: u8) {
+        let Some(link) = &mut self.followers[index].link else { return };
+        if link.differs.is_empty() {
+            return;
+        }
+        let at = usize::from(which) % link.differs.len();
+        let differ = &mut link.differs[at];
+        let step = match &mut differ.walk {
+            None => {
+                let Differ { tree, root, len, full, .. } = differ;
+                let (walk, step) = Walk::new(tree.clone(), *root, *len, *full);
+                differ.walk = Some(walk);
+                Some(step)
+            }
+            Some(walk) => {
+                // A stale answer may have reached a Differ through a broken session.
+                differ.answers.pop_front().and_then(|answer| walk.handle_answer(&answer).ok())
+            }
+        };
+        match step {
+            Some(step) => link.replies.push_back(Reply::Step(differ.diff, step)),
+            None if differ.stopping => {
+                link.differs.remove(at);
+            }
+            None => {}
+        }
+    }
+
+    // The follower's side.
+
+    fn begin_diff(&mut self, index: usize) -> Checked {
+        let follower = &mut self.followers[index];
+        if let Some(link) = &mut follower.link
+            && follower.wants_diff
+            && link.client.handle_diff(follower.replica.tree().clone(), false).is_ok()
+        {
+            follower.wants_diff = false;
+            return self.drain_client(index);
+        }
+        Ok(())
+    }
+
+    fn work(&mut self, index: usize) -> Checked {
+        let Some(link) = &mut self.followers[index].link else { return Ok(()) };
+        match link.work.pop_front() {
+            None => {}
+            Some(Work::Root(of, tree)) => link.client.handle_root(of, tree.root()),
+            Some(Work::Answer(id, tree, query)) => {
+                let answer = diff::answer(&tree, &query, 500).map_err(|error| error.to_string())?;
+                link.client.handle_answer(id, answer);
+            }
+        }
+        self.drain_client(index)
+    }
+
+    fn drain_client(&mut self, index: usize) -> Checked {
+        loop {
+            let follower = &mut self.followers[index];
+            let Some(link) = &mut follower.link else { return Ok(()) };
+            let Some(output) = link.client.poll_output() else { break };
+            match output {
+                Output::Send(message) => link.to_server.push_back(wire::encode(&message)),
+                Output::Connected(_) | Output::FellBehind(_) => follower.wants_diff = true,
+                Output::Apply { first, changes } => self.apply(index, first, &changes)?,
+                Output::Repair { diff, changes } => self.repair(index, diff, &changes)?,
+                Output::Answer { diff, tree, query } => {
+                    link.work.push_back(Work::Answer(diff, tree, query));
+                }
+                Output::Root(diff, tree) => {
+                    link.work.push_back(Work::Root(RootOf::Diff(diff), tree));
+                }
+                Output::Mark(revision) => {
+                    let tree = follower.replica.tree().clone();
+                    link.work.push_back(Work::Root(RootOf::Mark(revision), tree));
+                }
+                Output::DiffDone { counts, root, server_root, .. } => {
+                    follower.last_diff = Some((root, server_root, counts));
+                    self.stats.diffs += 1;
+                    self.stats.repaired += counts.written + counts.deleted;
+                    self.stats.suppressed += counts.suppressed;
+                    let refuses = !follower.store.refused.lock().unwrap().is_empty();
+                    check(root == server_root || refuses, || {
+                        format!("follower {index} differs after a diff: {counts:?}")
+                    })?;
+                }
+                Output::DiffAborted { reason, .. } => {
+                    follower.wants_diff = true;
+                    self.stats.stale += u64::from(reason == AbortReason::Stale);
+                }
+                Output::Close(close) => {
+                    return Err(format!("follower {index} closes: {close}"));
+                }
+            }
+        }
+        self.begin_diff(index)
+    }
+
+    fn apply(&mut self, index: usize, first: Revision, changes: &[(Change, Digest)]) -> Checked {
+        let follower = &mut self.followers[index];
+        for (revision, (change, digest)) in (first.0..).zip(changes) {
+            let now = self.history[revision as usize].get(change.key());
+            check(now == change.value(), || {
+                format!("follower {index} is sent {change:?} at {revision}, which was {now:?}")
+            })?;
+            follower.seen.insert(change.key().clone(), Revision(revision));
+            follower.link.as_mut().unwrap().updated.insert(change.key().clone());
+            if follower.replica.apply_digested(change, digest).is_err() {
+                follower.link.as_mut().unwrap().client.handle_refused();
+            }
+        }
+        Ok(())
+    }
+
+    fn repair(&mut self, index: usize, diff: DiffId, changes: &[(Change, Digest)]) -> Checked {
+        let follower = &mut self.followers[index];
+        let link = follower.link.as_mut().unwrap();
+        let here = link.client.stream().unwrap().revision;
+        let (mut writes, mut deletes) = (0, 0);
+        for (change, digest) in changes {
+            check(!link.updated.contains(change.key()), || {
+                format!("follower {index}: {change:?} is repaired, and was updated mid-diff")
+            })?;
+            let now = self.history[here.0 as usize].get(change.key());
+            check(now == change.value(), || {
+                format!("follower {index} at {here}: repaired by {change:?}, which is {now:?}")
+            })?;
+            if let Some(value) = change.value() {
+                let text = String::from_utf8(value.to_vec()).unwrap();
+                let revision: u64 = text.split(' ').next().unwrap().parse().unwrap();
+                let seen = follower.seen.get(change.key()).copied().unwrap_or_default();
+                check(Revision(revision) >= seen, || {
+                    format!("follower {index}: {change:?} takes the key back from {seen}")
+                })?;
+            }
+            if follower.replica.apply_digested(change, digest).is_err() {
+                *if change.value().is_some() { &mut writes } else { &mut deletes } += 1;
+            }
+        }
+        link.client.handle_repaired(diff, writes, deletes);
+        Ok(())
+    }
+
+    // The end.
+
+    /// Everything that is on its way arrives.
+    pub fn settle(&mut self) -> Checked {
+        self.seal();
+        for _ in 0..20_000 {
+            let before = self.fingerprint();
+            for index in 0..self.followers.len() {
+                let f = index as u8;
+                for action in [
+                    Action::Connect(f),
+                    Action::ToServer(f),
+                    Action::Serve(f),
+                    Action::Answer(f),
+                    Action::Differ(f, 0),
+                    Action::Differ(f, 1),
+                    Action::Transmit(f),
+                    Action::ToClient(f),
+                    Action::Work(f),
+                ] {
+                    self.act(action)?;
+                }
+            }
+            if before == self.fingerprint() && self.is_quiet() {
+                return Ok(());
+            }
+        }
+        Err(format!("no end after 20,000 rounds: {:?}", self.stats))
+    }
+
+    fn is_quiet(&self) -> bool {
+        self.followers.iter().all(|follower| {
+            !follower.wants_diff
+                && follower.link.as_ref().is_some_and(|link| {
+                    link.to_client.is_empty()
+                        && link.to_server.is_empty()
+                        && link.requests.is_empty()
+                        && link.replies.is_empty()
+                        && link.work.is_empty()
+                        && link.client.state() == "Relay"
+                        && link.server.state() == "Relay"
+                })
+        })
+    }
+
+    fn fingerprint(&self) -> Vec<(Option<Position>, u64)> {
+        let of = |follower: &Follower| {
+            (follower.link.as_ref().and_then(|link| link.client.stream()), self.stats.diffs)
+        };
+        self.followers.iter().map(of).collect()
+    }
+
+    /// One quiet diff for everyone; then all tables are equal.
+    pub fn converge(&mut self) -> Checked {
+        self.settle()?;
+        for index in 0..self.followers.len() {
+            self.followers[index].last_diff = None;
+            self.act(Action::Diff(index as u8))?;
+        }
+        self.settle()?;
+        let expected = contents(&self.store);
+        for (index, follower) in self.followers.iter().enumerate() {
+            let found = contents(&follower.store);
+            check(found == expected, || {
+                format!("after a quiet diff follower {index} has {found:?}, not {expected:?}")
+            })?;
+            let tree = Tree::build(expected.iter());
+            let (root, server_root, _) = follower.last_diff.ok_or("no diff was done")?;
+            check(root == tree.root() && server_root == root, || "roots differ".to_owned())?;
+        }
+        Ok(())
+    }
+
+    /// Keys that a follower's store refuses from now on.
+    pub fn refuse(&self, index: usize, keys: impl IntoIterator<Item = Key>) {
+        *self.followers[index].store.refused.lock().unwrap() = keys.into_iter().collect();
+    }
+
+    /// The server's store, to change it behind its back.
+    pub fn server_store(&self) -> MemoryStore {
+        self.store.clone()
+    }
+}

@@ -1,0 +1,184 @@
+//! Walk and answer against a naive diff.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use proptest::prelude::*;
+use tablecast_protocol::Tree;
+use tablecast_protocol::diff::{Difference, Query, Step, Walk, Widths, answer};
+
+type Map = BTreeMap<Vec<u8>, Vec<u8>>;
+
+pub struct Walked {
+    pub difference: Difference,
+    pub rounds: usize,
+    pub query_bytes: usize,
+    pub answer_bytes: usize,
+}
+
+pub fn walk(server: &Tree, follower: &Tree, full: bool, max_bytes: usize) -> Walked {
+    let (mut walk, mut step) =
+        Walk::new(server.clone(), follower.root(), follower.len() as u64, full);
+    let (mut rounds, mut query_bytes, mut answer_bytes) = (0, 0, 0);
+    loop {
+        match step {
+            Step::Ask(query) => {
+                rounds += 1;
+                query_bytes += query.nodes.len() + 16;
+                let answer = answer(follower, &query, max_bytes).unwrap();
+                answer_bytes += answer.len();
+                step = walk.handle_answer(&answer).unwrap();
+            }
+            Step::Done(difference) => {
+                return Walked { difference, rounds, query_bytes, answer_bytes };
+            }
+        }
+    }
+}
+
+/// Does what the difference says to a copy of the follower's map.
+fn repaired(server: &Map, follower: &Map, tree: &Tree, difference: &Difference) -> Map {
+    let mut map = follower.clone();
+    for prefix in &difference.deletes {
+        for entry in tree.get_prefix(*prefix) {
+            assert!(!server.contains_key(entry.key()), "a key that the server has is deleted");
+            map.remove(entry.key());
+        }
+    }
+    for key in &difference.writes {
+        map.insert(key.to_vec(), server[&key[..]].clone());
+    }
+    map
+}
+
+fn table(keys: std::ops::Range<usize>) -> impl Strategy<Value = Map> {
+    proptest::collection::btree_map(
+        (0_u16..6000).prop_map(|n| n.to_be_bytes().to_vec()),
+        proptest::collection::vec(any::<u8>(), 1),
+        keys,
+    )
+}
+
+proptest! {
+    #[test]
+    fn finds_what_a_naive_diff_finds(
+        server in table(0..3000),
+        edits in table(0..300),
+        drops in proptest::collection::btree_set(0_usize..3000, 0..40),
+        full in any::<bool>(),
+        max_bytes in prop_oneof![Just(1 << 20), 40_usize..2000],
+    ) {
+        let mut follower = server.clone();
+        for index in drops {
+            if let Some(key) = server.keys().nth(index) {
+                follower.remove(key);
+            }
+        }
+        follower.extend(edits);
+        check(&server, &follower, full, max_bytes)?;
+        check(&follower, &server, full, max_bytes)?;
+    }
+
+    #[test]
+    fn finds_all_between_strangers(server in table(0..600), follower in table(0..600)) {
+        check(&server, &follower, false, 1 << 20)?;
+        check(&server, &follower, true, 100)?;
+    }
+
+    #[test]
+    fn any_bytes_are_an_error_and_no_panic(
+        bytes in proptest::collection::vec(any::<u8>(), 0..200),
+        nodes in proptest::collection::vec(any::<u8>(), 0..40),
+        (depth, levels, small) in (0_u8..40, 0_u8..5, 0_u32..50),
+        widths in (0_u8..30, 0_u8..30, 0_u8..30),
+    ) {
+        let server = Tree::build((0..500_u32).map(|n| (n.to_be_bytes(), "server")));
+        let (mut walk, _) = Walk::new(server.clone(), Tree::new().root(), 1, false);
+        let mut bytes = bytes::Bytes::from(bytes);
+        // A walk goes on as long as the answers are well-formed, whatever they say.
+        for _ in 0..20 {
+            match walk.handle_answer(&bytes) {
+                Ok(Step::Ask(_)) => bytes = bytes.slice(bytes.len() / 3..),
+                Ok(Step::Done(_)) | Err(_) => break,
+            }
+        }
+        let (node, key, entry) = widths;
+        let widths = Widths { node, key, entry };
+        let query = Query { depth, levels, small, widths, nodes: nodes.into() };
+        if let Ok(answer) = answer(&server, &query, 1000) {
+            prop_assert!(answer.len() < 1000 + 4096 * 24 + 2 * 273);
+        }
+    }
+}
+
+fn check(server: &Map, follower: &Map, full: bool, max_bytes: usize) -> Result<(), TestCaseError> {
+    let (ours, theirs) = (Tree::build(server), Tree::build(follower));
+    let Walked { difference, .. } = walk(&ours, &theirs, full, max_bytes);
+    prop_assert_eq!(&repaired(server, follower, &theirs, &difference), server);
+    let naive: BTreeSet<&[u8]> = server
+        .iter()
+        .filter(|(key, value)| follower.get(*key) != Some(value))
+        .map(|(key, _)| &key[..])
+        .collect();
+    let writes: BTreeSet<&[u8]> = difference.writes.iter().map(|key| &key[..]).collect();
+    prop_assert_eq!(writes.len(), difference.writes.len(), "a key is named twice");
+    prop_assert_eq!(writes, naive);
+    let extra = follower.keys().filter(|key| !server.contains_key(*key)).count();
+    prop_assert_eq!(difference.deletes.len(), extra);
+    Ok(())
+}
+
+fn filled(keys: u32) -> Tree {
+    Tree::build((0..keys).map(|n| (n.to_be_bytes(), "value")))
+}
+
+#[test]
+fn equal_and_empty_cost_no_query_or_one() {
+    let (full, empty) = (filled(3000), Tree::new());
+    let equal = walk(&full, &full.clone(), false, 1 << 20);
+    assert_eq!((equal.rounds, equal.difference.len()), (0, 0));
+    // An empty follower: what SyncReq says is enough.
+    let bulk = walk(&full, &empty, false, 1 << 20);
+    assert_eq!((bulk.rounds, bulk.difference.writes.len()), (0, 3000));
+    // An empty server: one query brings the names of all that is to go.
+    let purge = walk(&empty, &full, false, 1 << 20);
+    assert_eq!((purge.rounds, purge.difference.deletes.len()), (1, 3000));
+}
+
+#[test]
+fn a_nearly_empty_follower_costs_one_query() {
+    let nearly = walk(&filled(3000), &filled(20), false, 1 << 20);
+    assert_eq!((nearly.rounds, nearly.difference.writes.len()), (1, 2980));
+}
+
+#[test]
+fn a_short_hash_that_was_fooled_is_seen_at_full_width() {
+    // Two keys whose hashes share 48 bits are hard to find; a width of one byte shows the same.
+    let server = filled(100);
+    let query =
+        |widths| Query { depth: 0, levels: 1, small: 1000, widths, nodes: bytes::Bytes::new() };
+    let short = answer(&server, &query(Widths { node: 1, key: 1, entry: 1 }), 1 << 20).unwrap();
+    let full = answer(&server, &query(Widths::FULL), 1 << 20).unwrap();
+    assert_eq!((short.len(), full.len()), (1 + 100 * 2, 1 + 100 * 40));
+}
+
+/// What README promises of a table of a million, at a hundred thousand (a million takes longer than
+/// a test should; `tablecast-bench diff` does that).
+#[test]
+fn bytes_and_rounds_stay_within_their_bounds() {
+    let server = filled(100_000);
+    for (differing, rounds, bytes) in [(1_usize, 3, 2600), (100, 4, 40_000), (1000, 4, 260_000)] {
+        let mut follower = server.clone();
+        for n in 0..differing as u32 {
+            match n % 3 {
+                0 => follower.insert(&(n * 97).to_be_bytes(), b"other"),
+                1 => follower.remove(&(n * 97).to_be_bytes()),
+                _ => follower.insert(&(1_000_000 + n).to_be_bytes(), b"extra"),
+            };
+        }
+        let walked = walk(&server, &follower, false, 8 << 20);
+        assert_eq!(walked.difference.len(), differing);
+        assert!(walked.rounds <= rounds, "{} rounds for {differing}", walked.rounds);
+        let both = walked.query_bytes + walked.answer_bytes;
+        assert!(both <= bytes, "{both} bytes for {differing}");
+    }
+}

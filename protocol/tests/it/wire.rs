@@ -1,0 +1,242 @@
+//! Round trips, hostile bytes, and the frames that are put together by hand.
+
+use proptest::prelude::*;
+use tablecast_protocol::diff::{Query, Widths};
+use tablecast_protocol::wire::{self, Changes, HEADER_BYTES, LiveFrame, Message, Raw, VERSION};
+use tablecast_protocol::{
+    AbortReason, Chain, Change, DecodeError, DiffId, Epoch, Hash, Limits, MAX_CHANGES, Position,
+    Reason, Revision, ToClient, ToServer,
+};
+
+fn bytes() -> impl Strategy<Value = bytes::Bytes> {
+    proptest::collection::vec(any::<u8>(), 0..300).prop_map(Into::into)
+}
+
+fn change() -> impl Strategy<Value = Change> {
+    (bytes(), proptest::option::of(bytes())).prop_map(|(key, value)| match value {
+        Some(value) => Change::Write { key, value },
+        None => Change::Delete { key },
+    })
+}
+
+fn hash() -> impl Strategy<Value = Hash> {
+    any::<[u8; 24]>().prop_map(Hash::from_bytes)
+}
+
+fn position() -> impl Strategy<Value = Position> {
+    (any::<[u8; 16]>(), any::<u64>(), any::<[u8; 24]>()).prop_map(|(epoch, revision, chain)| {
+        Position {
+            epoch: Epoch::from_bytes(epoch),
+            revision: Revision(revision),
+            chain: Chain::from_bytes(chain),
+        }
+    })
+}
+
+fn to_server() -> impl Strategy<Value = ToServer> {
+    let diff = any::<u32>().prop_map(DiffId);
+    prop_oneof![
+        (proptest::option::of(position()), ".{0,20}").prop_map(|(position, name)| ToServer::hello(
+            &name,
+            &Limits::default(),
+            position
+        )),
+        (diff.clone(), any::<u32>(), any::<bool>(), hash(), any::<u64>()).prop_map(
+            |(diff, jumps, full, root, len)| ToServer::SyncReq { diff, jumps, full, root, len }
+        ),
+        (diff.clone(), bytes())
+            .prop_map(|(diff, answer)| ToServer::SyncResponse { diff, answer: Raw(answer) }),
+        (diff, any::<u32>()).prop_map(|(diff, failed)| ToServer::RepairAck { diff, failed }),
+        (any::<u64>(), hash())
+            .prop_map(|(revision, root)| ToServer::Verified { revision: Revision(revision), root }),
+        Just(ToServer::Ping {}),
+        Just(ToServer::Pong {}),
+        ".{0,20}".prop_map(|text| ToServer::Farewell { reason: Reason::Stopping, text }),
+    ]
+}
+
+fn to_client() -> impl Strategy<Value = ToClient> {
+    let diff = any::<u32>().prop_map(DiffId);
+    let changes = || proptest::collection::vec(change(), 0..20).prop_map(Changes);
+    prop_oneof![
+        (position(), any::<u64>()).prop_map(|(position, bytes)| ToClient::Welcome {
+            version: VERSION,
+            tree: 1,
+            epoch: position.epoch,
+            revision: position.revision,
+            chain: position.chain,
+            frame_bytes: bytes,
+            key_bytes: bytes,
+            value_bytes: bytes,
+        }),
+        ".{0,20}".prop_map(|text| ToClient::Refuse { reason: Reason::Full, text }),
+        ".{0,20}".prop_map(|text| ToClient::Farewell { reason: Reason::Silent, text }),
+        (position(), changes()).prop_map(|(position, changes)| ToClient::Live {
+            first: position.revision,
+            before: position.chain.tag(),
+            changes
+        }),
+        (position(), any::<u32>()).prop_map(|(position, jumps)| ToClient::FellBehind {
+            jumps,
+            revision: position.revision,
+            chain: position.chain
+        }),
+        diff.clone().prop_map(|diff| ToClient::SyncStart { diff }),
+        (diff.clone(), bytes()).prop_map(|(diff, nodes)| ToClient::SyncRequest {
+            diff,
+            query: Query { depth: 3, levels: 1, small: 32, widths: Widths::SHORT, nodes }
+        }),
+        (diff.clone(), any::<u64>()).prop_map(|(diff, writes)| ToClient::SyncSeq {
+            diff,
+            writes,
+            deletes: 7
+        }),
+        (diff.clone(), changes(), bytes()).prop_map(|(diff, writes, deletes)| ToClient::Repair {
+            diff,
+            writes,
+            prefix_bytes: 6,
+            deletes: Raw(deletes)
+        }),
+        (diff.clone(), position()).prop_map(|(diff, position)| ToClient::SyncDone {
+            diff,
+            revision: position.revision,
+            chain: position.chain.tag(),
+            suppressed: 3,
+            failed: 1
+        }),
+        diff.prop_map(|diff| ToClient::SyncAbort { diff, reason: AbortReason::Updated }),
+        (any::<u64>(), hash())
+            .prop_map(|(revision, root)| ToClient::Verify { revision: Revision(revision), root }),
+        Just(ToClient::Ping {}),
+        Just(ToClient::Pong {}),
+    ]
+}
+
+fn payload<M: Message>(message: &M) -> Vec<u8> {
+    let frame = wire::encode(message);
+    let length = u32::from_be_bytes(frame[..HEADER_BYTES].try_into().unwrap());
+    assert_eq!(length as usize, frame.len() - HEADER_BYTES);
+    frame[HEADER_BYTES..].to_vec()
+}
+
+fn round_trip<M: Message + PartialEq + std::fmt::Debug>(message: &M) {
+    let mut payload = payload(message);
+    let limits = Limits::default();
+    assert_eq!(wire::decode::<M>(&payload, &limits).as_ref(), Ok(message));
+    for cut in 0..payload.len() {
+        assert!(wire::decode::<M>(&payload[..cut], &limits).is_err(), "cut off at {cut}");
+    }
+    payload.push(0xc0);
+    let bytes = payload.len();
+    assert_eq!(wire::decode::<M>(&payload, &limits), Err(DecodeError::Trailing { bytes }));
+}
+
+proptest! {
+    #[test]
+    fn messages_to_the_server_survive(message in to_server()) {
+        round_trip(&message);
+    }
+
+    #[test]
+    fn messages_to_the_client_survive(message in to_client()) {
+        round_trip(&message);
+    }
+
+    #[test]
+    fn any_bytes_are_an_error_and_no_panic(bytes in proptest::collection::vec(any::<u8>(), 0..100)) {
+        let limits = Limits::default();
+        if let Ok(message) = wire::decode::<ToServer>(&bytes, &limits) {
+            prop_assert_eq!(wire::decode(&payload(&message), &limits), Ok(message));
+        }
+        if let Ok(message) = wire::decode::<ToClient>(&bytes, &limits) {
+            prop_assert_eq!(wire::decode(&payload(&message), &limits), Ok(message));
+        }
+    }
+
+    #[test]
+    fn a_changed_byte_is_no_panic(
+        message in to_client(),
+        at in any::<proptest::sample::Index>(),
+        byte in any::<u8>(),
+    ) {
+        let mut bytes = payload(&message);
+        let at = at.index(bytes.len());
+        bytes[at] = byte;
+        let _ = wire::decode::<ToClient>(&bytes, &Limits::default());
+    }
+
+    #[test]
+    fn live_frames_are_what_the_encoder_makes(
+        changes in proptest::collection::vec(change(), 1..30),
+        first in any::<u64>(),
+        chain in any::<[u8; 24]>(),
+    ) {
+        let (first, chain) = (Revision(first), Chain::from_bytes(chain));
+        let mut frame = LiveFrame::default();
+        changes.iter().for_each(|change| frame.push(change));
+        prop_assert_eq!(frame.changes(), changes.len());
+        let live = ToClient::Live { first, before: chain.tag(), changes: Changes(changes) };
+        prop_assert_eq!(frame.take(first, &chain), wire::encode(&live));
+        prop_assert_eq!((frame.changes(), frame.bytes()), (0, 0));
+    }
+}
+
+#[test]
+fn another_version_is_named_whatever_comes_behind_it() {
+    // [0, 7, "a field of the future", {1: 2}]
+    let hello = [&[0x94, 0, 7, 0xb5][..], b"a field of the future", &[0x81, 1, 2]].concat();
+    let error = wire::decode::<ToServer>(&hello, &Limits::default()).unwrap_err();
+    assert_eq!(error, DecodeError::Version { theirs: 7, ours: VERSION });
+    assert_eq!(error.to_string(), "peer speaks version 7, this end speaks version 1");
+}
+
+#[test]
+fn declared_lengths_cost_nothing() {
+    let limits = Limits::default();
+    let hostile: &[&[u8]] = &[
+        // 4 G changes, 4 G bytes of key, 4 G of anything.
+        &[0x94, 3, 1, 0xc4, 8, 0, 0, 0, 0, 0, 0, 0, 0, 0xdd, 0xff, 0xff, 0xff, 0xff],
+        &[0x94, 3, 1, 0xc4, 8, 0, 0, 0, 0, 0, 0, 0, 0, 0x92, 0xc6, 0xff, 0xff, 0xff, 0xff],
+        &[0xdd, 0xff, 0xff, 0xff, 0xff, 3],
+        &[0xc6, 0xff, 0xff, 0xff, 0xff],
+    ];
+    for bytes in hostile {
+        assert!(wire::decode::<ToClient>(bytes, &limits).is_err());
+        assert!(wire::decode::<ToServer>(bytes, &limits).is_err());
+    }
+    // A thousand arrays in each other.
+    assert!(wire::decode::<ToClient>(&[0x91; 1000], &limits).is_err());
+    assert!(
+        wire::decode::<ToServer>(&[vec![0x92, 0], vec![0x91; 100_000]].concat(), &limits).is_err()
+    );
+}
+
+#[test]
+fn text_and_numbers_are_no_bytes() {
+    let ok =
+        wire::encode(&ToClient::Verify { revision: Revision(1), root: Hash::from_bytes([1; 24]) });
+    assert!(wire::decode::<ToClient>(&ok[4..], &Limits::default()).is_ok());
+    // The same 24 bytes as text, and as an array of numbers.
+    let text = [&[0x93, 11, 1, 0xb8][..], &[1; 24]].concat();
+    let array = [&[0x93, 11, 1, 0xdc, 0, 24][..], &[1; 24]].concat();
+    assert!(wire::decode::<ToClient>(&text, &Limits::default()).is_err());
+    assert!(wire::decode::<ToClient>(&array, &Limits::default()).is_err());
+}
+
+#[test]
+fn too_many_changes_and_too_long_values_are_refused() {
+    let live = |changes| ToClient::Live {
+        first: Revision(1),
+        before: Chain::START.tag(),
+        changes: Changes(changes),
+    };
+    let many = payload(&live(vec![Change::delete(""); MAX_CHANGES + 1]));
+    assert!(matches!(
+        wire::decode::<ToClient>(&many, &Limits::default()),
+        Err(DecodeError::Malformed { .. })
+    ));
+    let limits = Limits { value_bytes: 3, ..Limits::default() };
+    let long = payload(&live(vec![Change::write("k", "four")]));
+    let error = wire::decode::<ToClient>(&long, &limits).unwrap_err();
+    assert_eq!(error.to_string(), "value of 4 bytes is above the limit of 3");
+}
