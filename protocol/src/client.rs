@@ -184,6 +184,8 @@ pub enum Output {
         diff: DiffId,
         /// What it did.
         counts: Counts,
+        /// Where the roots were compared.
+        revision: Revision,
         /// Our root at the end.
         root: Hash,
         /// The server's there.
@@ -520,7 +522,8 @@ impl Session {
             self.check.take_if(|check| check.ours.is_some() && check.theirs.is_some())
         {
             self.outputs.push_back(Output::Send(ToServer::Verified { revision: mark, root }));
-            self.outputs.push_back(Output::DiffDone { diff, counts, root, server_root });
+            let revision = mark;
+            self.outputs.push_back(Output::DiffDone { diff, counts, revision, root, server_root });
         }
     }
 
@@ -648,6 +651,11 @@ impl Session {
     /// The name of the state, as in the table above.
     pub fn state(&self) -> &'static str {
         self.state.name()
+    }
+
+    /// Whether a diff is done but for its verdict: the roots at its end are still compared.
+    pub fn is_comparing(&self) -> bool {
+        self.check.is_some()
     }
 
     /// Where the stream stands; `None` before the handshake is through.

@@ -161,6 +161,11 @@ impl Table {
         self.sealed.push_back((chunk, self.chain));
     }
 
+    /// Whether a chunk is sealed and not taken yet.
+    pub fn has_chunk(&self) -> bool {
+        !self.sealed.is_empty()
+    }
+
     /// The next chunk for the log, and the chain behind it.
     pub fn next_chunk(&mut self) -> Option<(Chunk, Chain)> {
         self.sealed.pop_front()

@@ -16,6 +16,8 @@
 
 mod convergence;
 mod pair;
+mod transitions;
 mod tree;
+mod vectors;
 mod walk;
 mod wire;

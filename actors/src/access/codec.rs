@@ -1,0 +1,145 @@
+//! Frames over a stream of bytes.
+
+use std::collections::VecDeque;
+use std::io::{self, IoSlice};
+use std::mem::MaybeUninit;
+use std::pin::Pin;
+use std::task::{Context, Poll, ready};
+
+use bytes::{Buf, Bytes, BytesMut};
+use tablecast_protocol::wire::HEADER_BYTES;
+use tokio::io::ReadBuf;
+use tokio_util::codec::{Decoder, LengthDelimitedCodec};
+
+use super::Stream;
+use crate::error::AccessError;
+
+/// How much one read takes at most. On the stack: a connection on which nothing comes keeps no
+/// buffer.
+const READ_BYTES: usize = 32 << 10;
+
+/// How many frames one write takes at most.
+const WRITE_FRAMES: usize = 64;
+
+/// One connection: whole frames in, whole frames out. It never waits: what cannot be done now is
+/// `Pending`, and the task is woken.
+pub(crate) struct Framed {
+    stream: Box<dyn Stream>,
+    codec: LengthDelimitedCodec,
+    inbox: BytesMut,
+    outbox: VecDeque<Bytes>,
+    /// Bytes in the outbox.
+    queued: usize,
+    /// Bytes that came, and bytes that went, headers included.
+    pub(crate) received: u64,
+    pub(crate) sent: u64,
+}
+
+impl Framed {
+    pub(crate) fn new(stream: Box<dyn Stream>, max_frame_bytes: usize) -> Self {
+        let codec = LengthDelimitedCodec::builder()
+            .length_field_length(HEADER_BYTES)
+            .max_frame_length(max_frame_bytes)
+            .new_codec();
+        Self {
+            stream,
+            codec,
+            inbox: BytesMut::new(),
+            outbox: VecDeque::new(),
+            queued: 0,
+            received: 0,
+            sent: 0,
+        }
+    }
+
+    /// A longer frame from now on is an error, as soon as its header is there.
+    pub(crate) fn set_max_frame_bytes(&mut self, bytes: usize) {
+        self.codec.set_max_frame_length(bytes);
+    }
+
+    /// The payload of the next frame; `Ok(None)` at the end of the stream.
+    pub(crate) fn poll_frame(
+        &mut self,
+        cx: &mut Context<'_>,
+    ) -> Poll<Result<Option<BytesMut>, AccessError>> {
+        loop {
+            let header = self.inbox.first_chunk().copied();
+            match self.codec.decode(&mut self.inbox) {
+                Ok(Some(frame)) => {
+                    if self.inbox.is_empty() {
+                        self.inbox = BytesMut::new();
+                    }
+                    return Poll::Ready(Ok(Some(frame)));
+                }
+                Ok(None) => {}
+                Err(_) => {
+                    return Poll::Ready(Err(AccessError::FrameTooLong {
+                        bytes: header.map_or(0, u32::from_be_bytes),
+                        limit: self.codec.max_frame_length(),
+                    }));
+                }
+            }
+            let mut scratch = [const { MaybeUninit::uninit() }; READ_BYTES];
+            let mut scratch = ReadBuf::uninit(&mut scratch);
+            ready!(Pin::new(&mut *self.stream).poll_read(cx, &mut scratch))?;
+            let read = scratch.filled();
+            if read.is_empty() {
+                return Poll::Ready(match self.inbox.len() {
+                    0 => Ok(None),
+                    bytes => Err(AccessError::CutOff { bytes }),
+                });
+            }
+            self.received += read.len() as u64;
+            self.inbox.extend_from_slice(read);
+        }
+    }
+
+    /// Puts a whole frame, header included, behind what is to be written.
+    pub(crate) fn queue(&mut self, frame: Bytes) {
+        self.queued += frame.len();
+        self.outbox.push_back(frame);
+    }
+
+    /// Bytes that are queued and not written yet.
+    pub(crate) fn queued(&self) -> usize {
+        self.queued
+    }
+
+    /// Writes everything that is queued, in as few calls as the stream takes.
+    pub(crate) fn poll_flush(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        while self.queued > 0 {
+            let mut slices = [IoSlice::new(&[]); WRITE_FRAMES];
+            let mut filled = 0;
+            for (slice, frame) in slices.iter_mut().zip(&self.outbox) {
+                *slice = IoSlice::new(frame);
+                filled += 1;
+            }
+            let slices = slices.get(..filled).unwrap_or_default();
+            let written = ready!(Pin::new(&mut *self.stream).poll_write_vectored(cx, slices))?;
+            if written == 0 {
+                return Poll::Ready(Err(io::ErrorKind::WriteZero.into()));
+            }
+            self.advance(written);
+        }
+        Pin::new(&mut *self.stream).poll_flush(cx)
+    }
+
+    /// Says to the peer that nothing more comes.
+    pub(crate) fn poll_shutdown(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut *self.stream).poll_shutdown(cx)
+    }
+
+    fn advance(&mut self, written: usize) {
+        self.queued -= written;
+        self.sent += written as u64;
+        let mut left = written;
+        while let Some(frame) = self.outbox.front_mut() {
+            if left < frame.len() {
+                frame.advance(left);
+                return;
+            }
+            left -= frame.len();
+            self.outbox.pop_front();
+        }
+    }
+}

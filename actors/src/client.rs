@@ -1,0 +1,798 @@
+//! The Client: a follower's table, and the session that keeps it equal to the server's.
+//!
+//! Whoever embeds it starts it, and it starts its Middleman. It applies live changes and repairs,
+//! asks for a diff by itself whenever something may be missing (after every connect, when it fell
+//! behind, when its store refused something, when roots differ), and answers the user. What is
+//! long (roots, answers of the walk) is computed on threads that may block, from snapshots.
+//!
+//! | message | answer | from |
+//! |---|---|---|
+//! | [`Apply`] | done, or why not | user: local filling |
+//! | [`Ready`] | at once; the Middleman connects | user |
+//! | [`Diff`] | how the diff ended | user |
+//! | [`WaitFor`] | when the table has reached a revision | user |
+//! | [`GetStatus`], [`Subscribe`] | what is asked for | user |
+//! | [`Stop`] | when the connection has been told farewell | user |
+//! | `LinkUp`, `LinkDown`, `Received`, `Heard`, `Malformed` | | Middleman |
+
+pub(crate) mod backoff;
+pub mod middleman;
+
+use std::fmt;
+use std::sync::Arc;
+use std::time::Duration;
+
+use actix::prelude::*;
+use tablecast_protocol::client::{Counts, Output, RootOf, Session};
+use tablecast_protocol::diff::answer;
+use tablecast_protocol::server::Close;
+use tablecast_protocol::{
+    Change, DecodeError, DiffId, Digest, Hash, Position, ProtocolError, Reason, Replica, Revision,
+    StoreError, ToClient, Tree,
+};
+use tokio::sync::{broadcast, oneshot};
+use tokio::time::Instant;
+use tracing::{info, warn};
+
+use crate::access::Access;
+use crate::config::ClientConfig;
+use crate::error::{DiffAborted, DiffError};
+use crate::server::root_of;
+use backoff::Backoff;
+use middleman::{Command, ConnectionId, Middleman};
+
+/// A change of the follower's own table, beside the server: to fill it, or to break it in a test.
+#[derive(Debug, Message)]
+#[rtype(result = "Result<(), StoreError>")]
+pub struct Apply(pub Change);
+
+/// Connect, and stay connected.
+#[derive(Debug, Message)]
+#[rtype(result = "()")]
+pub struct Ready;
+
+/// Ask for a diff, and wait for its end.
+#[derive(Debug, Message)]
+#[rtype(result = "Result<DiffOutcome, DiffError>")]
+pub struct Diff;
+
+/// Wait until the table holds every change up to a revision of the history that is followed;
+/// answered with where it stands then, `None` if it took too long.
+#[derive(Debug, Message)]
+#[rtype(result = "Option<Position>")]
+pub struct WaitFor {
+    /// The revision.
+    pub revision: Revision,
+    /// How long to wait.
+    pub timeout: Duration,
+}
+
+/// How the follower is.
+#[derive(Debug, Message)]
+#[rtype(result = "Status")]
+pub struct GetStatus;
+
+/// A subscription to what happens.
+#[derive(Debug, Message)]
+#[rtype(result = "broadcast::Receiver<Event>")]
+pub struct Subscribe;
+
+/// Says farewell to the server and ends.
+#[derive(Debug, Message)]
+#[rtype(result = "()")]
+pub struct Stop;
+
+/// How a diff ended.
+#[derive(Clone, Debug, PartialEq)]
+pub enum DiffOutcome {
+    /// It was done, whatever it found.
+    Done(DiffReport),
+    /// It ended early.
+    Aborted(DiffAborted),
+}
+
+/// What a diff did.
+#[derive(Clone, Debug, PartialEq)]
+pub struct DiffReport {
+    /// Queries of the walk that waited for an answer; 1 if what came with the asking was enough.
+    pub rounds: u32,
+    /// Bytes to the server, frames and all, from `SyncReq` to `SyncDone`.
+    pub bytes_sent: u64,
+    /// Bytes from the server, live changes included, from `SyncReq` to `SyncDone`.
+    pub bytes_received: u64,
+    /// Keys written.
+    pub written: u64,
+    /// Keys deleted.
+    pub deleted: u64,
+    /// Keys that differed and were left out, because a live change brought them.
+    pub suppressed: u64,
+    /// Keys that could not be repaired: unreadable there, or refused by the store here.
+    pub failed: u64,
+    /// From the asking to the verdict.
+    pub elapsed: Duration,
+    /// The mark at which the roots were compared.
+    pub revision: Revision,
+    /// This table's root there.
+    pub root: Hash,
+    /// The server's root there.
+    pub server_root: Hash,
+}
+
+impl DiffReport {
+    /// Whether both tables were equal at the mark.
+    pub fn equal(&self) -> bool {
+        self.root == self.server_root
+    }
+}
+
+/// What happens to a follower.
+#[derive(Clone, Debug)]
+pub enum Event {
+    /// The handshake is through; every change behind this place will come.
+    Connected(Position),
+    /// The connection ended. Another attempt follows.
+    Disconnected(String),
+    /// A change was applied.
+    Change {
+        /// The change.
+        change: Change,
+        /// Its revision; where the stream stands, for a repair.
+        revision: Revision,
+        /// It is a repair.
+        repair: bool,
+    },
+    /// Changes were missed; a diff follows.
+    FellBehind(Revision),
+    /// A diff ended.
+    Diff(DiffOutcome),
+    /// The store refused a change. A diff follows.
+    Refused(Arc<StoreError>),
+}
+
+/// How a follower is.
+#[derive(Clone, Debug)]
+pub struct Status {
+    /// The handshake is through.
+    pub connected: bool,
+    /// The session's state; `Disconnected` without one.
+    pub state: &'static str,
+    /// Where the stream stands; `None` without a connection.
+    pub stream: Option<Position>,
+    /// Where the table stands; `None` while something may be missing.
+    pub position: Option<Position>,
+    /// How many keys there are.
+    pub keys: usize,
+    /// Live changes applied.
+    pub applied: u64,
+    /// Changes that the store refused.
+    pub refused: u64,
+    /// How often the handshake was through.
+    pub connects: u64,
+    /// How often the follower fell behind.
+    pub fell_behind: u64,
+    /// How the last diff ended.
+    pub last_diff: Option<DiffOutcome>,
+}
+
+/// A connection is there.
+#[derive(Debug, Message)]
+#[rtype(result = "()")]
+pub(crate) struct LinkUp(pub(crate) ConnectionId);
+
+/// It is over.
+#[derive(Debug, Message)]
+#[rtype(result = "()")]
+pub(crate) struct LinkDown(pub(crate) ConnectionId, pub(crate) String);
+
+/// Bytes between `SyncReq` and now.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Traffic {
+    pub(crate) sent: u64,
+    pub(crate) received: u64,
+}
+
+/// A message came.
+#[derive(Debug, Message)]
+#[rtype(result = "()")]
+pub(crate) struct Received {
+    pub(crate) connection: ConnectionId,
+    pub(crate) message: ToClient,
+    pub(crate) bytes: usize,
+    pub(crate) traffic: Traffic,
+}
+
+/// A part of a message came.
+#[derive(Debug, Message)]
+#[rtype(result = "()")]
+pub(crate) struct Heard(pub(crate) ConnectionId);
+
+/// No message came, but bytes.
+#[derive(Debug, Message)]
+#[rtype(result = "()")]
+pub(crate) struct Malformed(pub(crate) ConnectionId, pub(crate) DecodeError);
+
+/// The Middleman has ended without being told to.
+#[derive(Debug, Message)]
+#[rtype(result = "()")]
+pub(crate) struct MiddlemanFailed;
+
+/// Something that was computed elsewhere.
+#[derive(Debug, Message)]
+#[rtype(result = "()")]
+enum Computed {
+    Root(ConnectionId, RootOf, Option<Hash>),
+    Answer(ConnectionId, DiffId, Option<Result<tablecast_protocol::diff::Answer, ProtocolError>>),
+}
+
+/// A diff that is under way.
+#[derive(Debug)]
+struct Running {
+    since: Instant,
+    /// At `SyncDone`.
+    traffic: Traffic,
+    waiting: Vec<oneshot::Sender<DiffOutcome>>,
+}
+
+/// The actor.
+pub struct Client {
+    config: Arc<ClientConfig>,
+    access: Arc<dyn Access>,
+    replica: Replica,
+    middleman: Option<Addr<Middleman>>,
+    /// The connection at hand; `None` while there is none.
+    link: Option<(ConnectionId, Session)>,
+    /// What the sessions' time is counted from.
+    born: Instant,
+    timer: Option<SpawnHandle>,
+    /// A diff is due; `true` if it must compare full-width hashes.
+    due: Option<bool>,
+    /// Waits before a diff that is asked for again.
+    retries: Backoff,
+    retry: Option<SpawnHandle>,
+    running: Option<Running>,
+    /// Who waits for the diff that is due, because the last one's roots are still compared.
+    next: Vec<oneshot::Sender<DiffOutcome>>,
+    waiters: Vec<(Revision, oneshot::Sender<Option<Position>>)>,
+    events: broadcast::Sender<Event>,
+    applied: u64,
+    refused: u64,
+    connects: u64,
+    fell_behind: u64,
+    last_diff: Option<DiffOutcome>,
+    stopping: bool,
+}
+
+impl Client {
+    /// A follower with this table, of the server that `access` reaches. It connects when it is told
+    /// that it is [`Ready`].
+    pub fn new(replica: Replica, access: impl Access, config: ClientConfig) -> Self {
+        Self {
+            access: Arc::new(access),
+            replica,
+            middleman: None,
+            link: None,
+            born: Instant::now(),
+            timer: None,
+            due: None,
+            retries: Backoff::new(config.backoff_min, config.backoff_max),
+            retry: None,
+            running: None,
+            next: Vec::new(),
+            waiters: Vec::new(),
+            events: broadcast::channel(config.event_capacity).0,
+            applied: 0,
+            refused: 0,
+            connects: 0,
+            fell_behind: 0,
+            last_diff: None,
+            stopping: false,
+            config: Arc::new(config),
+        }
+    }
+
+    fn now(&self) -> Duration {
+        self.born.elapsed()
+    }
+
+    fn session(&mut self, connection: ConnectionId) -> Option<&mut Session> {
+        let (at, session) = self.link.as_mut()?;
+        (*at == connection).then_some(session)
+    }
+
+    fn tell(&self, command: Command) {
+        if let Some(middleman) = &self.middleman {
+            middleman.do_send(command);
+        }
+    }
+
+    fn emit(&self, event: impl FnOnce() -> Event) {
+        if self.events.receiver_count() > 0 {
+            // No receiver any more is nobody's loss.
+            drop(self.events.send(event()));
+        }
+    }
+
+    fn start_middleman(&mut self, ctx: &Context<Self>) {
+        let (config, access) = (Arc::clone(&self.config), Arc::clone(&self.access));
+        let middleman = Middleman::new(config, access, ctx.address()).start();
+        middleman.do_send(Command::Connect);
+        self.middleman = Some(middleman);
+    }
+
+    /// Does what the session says, in its order.
+    fn drive(&mut self, ctx: &mut Context<Self>) {
+        while let Some((connection, session)) = &mut self.link
+            && let Some(output) = session.poll_output()
+        {
+            let connection = *connection;
+            match output {
+                Output::Send(message) => self.tell(Command::Send(connection, message)),
+                Output::Connected(at) => {
+                    info!(epoch = %at.epoch, revision = %at.revision, "connected");
+                    self.connects += 1;
+                    self.emit(|| Event::Connected(at));
+                    self.due = Some(false);
+                }
+                Output::Apply { first, changes } => self.follow(first, changes, ctx),
+                Output::Repair { diff, changes } => self.repair(diff, changes),
+                Output::Answer { diff, tree, query } => {
+                    let limit = self.config.limits.answer_bytes;
+                    let answer = move || answer(&tree, &query, limit);
+                    let answer = actix_rt::task::spawn_blocking(answer).into_actor(self);
+                    ctx.spawn(answer.map(move |answer, _, ctx| {
+                        ctx.notify(Computed::Answer(connection, diff, answer.ok()));
+                    }));
+                }
+                Output::Root(diff, tree) => {
+                    self.compute_root(connection, RootOf::Diff(diff), tree, ctx);
+                }
+                Output::Mark(revision) => {
+                    let tree = self.replica.tree().clone();
+                    self.compute_root(connection, RootOf::Mark(revision), tree, ctx);
+                }
+                Output::DiffDone { counts, revision, root, server_root, .. } => {
+                    self.diff_done(counts, revision, root, server_root, ctx);
+                }
+                Output::DiffAborted { reason, .. } => {
+                    self.diff_aborted(DiffAborted::Server(reason), ctx);
+                }
+                Output::FellBehind(revision) => {
+                    info!(%revision, "fell behind");
+                    self.fell_behind += 1;
+                    self.emit(|| Event::FellBehind(revision));
+                    self.due = Some(self.due.unwrap_or(false));
+                }
+                Output::Close(close) => self.closed(connection, close, ctx),
+            }
+        }
+        self.reach();
+        self.begin_diff(ctx);
+    }
+
+    fn compute_root(
+        &self,
+        connection: ConnectionId,
+        of: RootOf,
+        tree: Tree,
+        ctx: &mut Context<Self>,
+    ) {
+        ctx.spawn(root_of(tree).into_actor(self).map(move |root, _, ctx| {
+            ctx.notify(Computed::Root(connection, of, root));
+        }));
+    }
+
+    /// Live changes.
+    fn follow(&mut self, first: Revision, changes: Vec<(Change, Digest)>, ctx: &mut Context<Self>) {
+        for (revision, (change, digest)) in (first.0..).zip(changes) {
+            match self.replica.apply_digested(&change, &digest) {
+                Ok(()) => {
+                    self.applied += 1;
+                    let (revision, repair) = (Revision(revision), false);
+                    self.emit(|| Event::Change { change, revision, repair });
+                }
+                Err(error) => {
+                    self.refuse(error);
+                    if let Some((_, session)) = &mut self.link {
+                        session.handle_refused();
+                    }
+                    self.retry_diff(false, ctx);
+                }
+            }
+        }
+    }
+
+    fn repair(&mut self, diff: DiffId, changes: Vec<(Change, Digest)>) {
+        let at = self.link.as_ref().and_then(|(_, session)| session.stream());
+        let revision = at.map_or(Revision::ZERO, |at| at.revision);
+        let (mut writes, mut deletes) = (0, 0);
+        for (change, digest) in changes {
+            match self.replica.apply_digested(&change, &digest) {
+                Ok(()) => self.emit(|| Event::Change { change, revision, repair: true }),
+                Err(error) => {
+                    *if digest.entry.is_some() { &mut writes } else { &mut deletes } += 1;
+                    self.refuse(error);
+                }
+            }
+        }
+        if let Some((_, session)) = &mut self.link {
+            session.handle_repaired(diff, writes, deletes);
+        }
+    }
+
+    fn refuse(&mut self, error: StoreError) {
+        warn!(%error, "a change was refused");
+        self.refused += 1;
+        let error = Arc::new(error);
+        self.emit(|| Event::Refused(error));
+    }
+
+    // Diffs.
+
+    /// Begins the diff that is due, if one can begin now.
+    fn begin_diff(&mut self, ctx: &mut Context<Self>) {
+        let Some(full) = self.due else { return };
+        if self.ask_for_diff(full).is_ok() {
+            self.due = None;
+            self.drive(ctx);
+        }
+    }
+
+    fn ask_for_diff(&mut self, full: bool) -> Result<(), DiffError> {
+        let (_, session) = self.link.as_mut().ok_or(DiffError::Disconnected)?;
+        session.handle_diff(self.replica.tree().clone(), full)?;
+        let (since, traffic) = (Instant::now(), Traffic::default());
+        self.running = Some(Running { since, traffic, waiting: std::mem::take(&mut self.next) });
+        Ok(())
+    }
+
+    /// Asks for another diff after a while.
+    fn retry_diff(&mut self, full: bool, ctx: &mut Context<Self>) {
+        if self.retry.is_none() {
+            let wait = self.retries.next_wait();
+            self.retry = Some(ctx.run_later(wait, move |client, ctx| {
+                client.retry = None;
+                client.due = Some(full || client.due.unwrap_or(false));
+                client.begin_diff(ctx);
+            }));
+        }
+    }
+
+    fn diff_done(
+        &mut self,
+        counts: Counts,
+        revision: Revision,
+        root: Hash,
+        server_root: Hash,
+        ctx: &mut Context<Self>,
+    ) {
+        let Some(running) = self.running.take() else { return };
+        let report = DiffReport {
+            rounds: counts.rounds,
+            bytes_sent: running.traffic.sent,
+            bytes_received: running.traffic.received,
+            written: counts.written,
+            deleted: counts.deleted,
+            suppressed: counts.suppressed,
+            failed: counts.failed,
+            elapsed: running.since.elapsed(),
+            revision,
+            root,
+            server_root,
+        };
+        if report.equal() {
+            self.retries.reset();
+            if let Some(retry) = self.retry.take() {
+                ctx.cancel_future(retry);
+            }
+        } else {
+            warn!(%revision, %root, %server_root, "the table differs from the server's");
+            self.retry_diff(true, ctx);
+        }
+        self.end_diff(DiffOutcome::Done(report), running.waiting);
+    }
+
+    fn diff_aborted(&mut self, why: DiffAborted, ctx: &mut Context<Self>) {
+        let Some(running) = self.running.take() else { return };
+        if matches!(why, DiffAborted::Server(_)) {
+            self.retry_diff(false, ctx);
+        }
+        self.end_diff(DiffOutcome::Aborted(why), running.waiting);
+    }
+
+    fn end_diff(&mut self, outcome: DiffOutcome, waiting: Vec<oneshot::Sender<DiffOutcome>>) {
+        info!(?outcome, "diff");
+        self.last_diff = Some(outcome.clone());
+        self.emit(|| Event::Diff(outcome.clone()));
+        for waiter in waiting {
+            // Nobody waits any more: it is in the status.
+            drop(waiter.send(outcome.clone()));
+        }
+    }
+
+    /// Tells those who wait for what has been reached.
+    fn reach(&mut self) {
+        let Some(at) = self.link.as_ref().and_then(|(_, session)| session.position()) else {
+            return;
+        };
+        for (_, waiter) in self.waiters.extract_if(.., |(revision, _)| *revision <= at.revision) {
+            // Who gave up does not wait any more.
+            let _: Result<(), _> = waiter.send(Some(at));
+        }
+    }
+
+    // The connection.
+
+    fn closed(&mut self, connection: ConnectionId, close: Close, ctx: &mut Context<Self>) {
+        let reason = close.to_string();
+        self.tell(Command::Close(connection, close));
+        self.unlink(reason, ctx);
+    }
+
+    /// There is no connection any more.
+    fn unlink(&mut self, reason: String, ctx: &mut Context<Self>) {
+        let Some((_, session)) = self.link.take() else { return };
+        if let Some(timer) = self.timer.take() {
+            ctx.cancel_future(timer);
+        }
+        self.diff_aborted(DiffAborted::Disconnected, ctx);
+        for waiter in std::mem::take(&mut self.next) {
+            drop(waiter.send(DiffOutcome::Aborted(DiffAborted::Disconnected)));
+        }
+        if session.stream().is_some() {
+            info!(reason, "disconnected");
+        }
+        self.emit(|| Event::Disconnected(reason));
+    }
+
+    fn set_timer(&mut self, ctx: &mut Context<Self>) {
+        if let Some(timer) = self.timer.take() {
+            ctx.cancel_future(timer);
+        }
+        let Some(at) = self.link.as_ref().and_then(|(_, session)| session.poll_timeout()) else {
+            return;
+        };
+        // The session is right about when; a little later never is too early.
+        let wait = at.saturating_sub(self.now()) + Duration::from_millis(1);
+        self.timer = Some(ctx.run_later(wait, |client, ctx| {
+            client.timer = None;
+            let now = client.now();
+            if let Some((_, session)) = &mut client.link {
+                session.handle_timeout(now);
+            }
+            client.drive(ctx);
+            client.set_timer(ctx);
+        }));
+    }
+}
+
+impl fmt::Debug for Client {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Client")
+            .field("replica", &self.replica)
+            .field("server", &self.access.address())
+            .finish_non_exhaustive()
+    }
+}
+
+impl Actor for Client {
+    type Context = Context<Self>;
+
+    fn started(&mut self, ctx: &mut Context<Self>) {
+        ctx.set_mailbox_capacity(1024);
+        if let Some(every) = self.config.diff_every {
+            ctx.run_interval(every, |client, ctx| {
+                client.due = Some(client.due.unwrap_or(false));
+                client.begin_diff(ctx);
+            });
+        }
+    }
+}
+
+impl Handler<Apply> for Client {
+    type Result = Result<(), StoreError>;
+
+    fn handle(&mut self, Apply(change): Apply, _: &mut Context<Self>) -> Self::Result {
+        self.replica.apply(&change)
+    }
+}
+
+impl Handler<Ready> for Client {
+    type Result = ();
+
+    fn handle(&mut self, _: Ready, ctx: &mut Context<Self>) {
+        if self.middleman.is_none() && !self.stopping {
+            self.start_middleman(ctx);
+        }
+    }
+}
+
+impl Handler<Diff> for Client {
+    type Result = ResponseFuture<Result<DiffOutcome, DiffError>>;
+
+    fn handle(&mut self, _: Diff, ctx: &mut Context<Self>) -> Self::Result {
+        let (waiter, outcome) = oneshot::channel();
+        let full = self.due.unwrap_or(false);
+        let comparing = self.link.as_ref().is_some_and(|(_, session)| session.is_comparing());
+        let asked = if comparing { Ok(()) } else { self.ask_for_diff(full) };
+        match (asked, &mut self.running) {
+            // The tables are as good as repaired: nobody need be told to come again.
+            (Ok(()), _) if comparing => {
+                self.due = Some(full);
+                self.next.push(waiter);
+            }
+            (Ok(()), Some(running)) => {
+                self.due = None;
+                running.waiting.push(waiter);
+                self.drive(ctx);
+            }
+            (Ok(()), None) | (Err(_), _) => {}
+        }
+        Box::pin(async move {
+            asked?;
+            outcome.await.map_err(|_| DiffError::Stopped)
+        })
+    }
+}
+
+impl Handler<WaitFor> for Client {
+    type Result = ResponseFuture<Option<Position>>;
+
+    fn handle(&mut self, wait: WaitFor, _: &mut Context<Self>) -> Self::Result {
+        let WaitFor { revision, timeout } = wait;
+        let (waiter, reached) = oneshot::channel();
+        // Those who gave up, most of all by a timeout of their own.
+        self.waiters.retain(|(_, waiter)| !waiter.is_closed());
+        self.waiters.push((revision, waiter));
+        self.reach();
+        Box::pin(async move { tokio::time::timeout(timeout, reached).await.ok()?.ok().flatten() })
+    }
+}
+
+impl Handler<GetStatus> for Client {
+    type Result = MessageResult<GetStatus>;
+
+    fn handle(&mut self, _: GetStatus, _: &mut Context<Self>) -> Self::Result {
+        let session = self.link.as_ref().map(|(_, session)| session);
+        let stream = session.and_then(Session::stream);
+        MessageResult(Status {
+            connected: stream.is_some(),
+            state: session.map_or("Disconnected", Session::state),
+            stream,
+            position: session.and_then(Session::position),
+            keys: self.replica.tree().len(),
+            applied: self.applied,
+            refused: self.refused,
+            connects: self.connects,
+            fell_behind: self.fell_behind,
+            last_diff: self.last_diff.clone(),
+        })
+    }
+}
+
+impl Handler<Subscribe> for Client {
+    type Result = MessageResult<Subscribe>;
+
+    fn handle(&mut self, _: Subscribe, _: &mut Context<Self>) -> Self::Result {
+        MessageResult(self.events.subscribe())
+    }
+}
+
+impl Handler<Stop> for Client {
+    type Result = ();
+
+    fn handle(&mut self, _: Stop, ctx: &mut Context<Self>) {
+        self.stopping = true;
+        if let Some((_, session)) = &mut self.link {
+            session.handle_close(Reason::Stopping, "");
+        }
+        self.drive(ctx);
+        self.tell(Command::Stop);
+        self.waiters.clear();
+        ctx.stop();
+    }
+}
+
+impl Handler<LinkUp> for Client {
+    type Result = ();
+
+    fn handle(&mut self, LinkUp(connection): LinkUp, ctx: &mut Context<Self>) {
+        let ClientConfig { name, limits, heartbeat, .. } = &*self.config;
+        let session = Session::new(name, *limits, *heartbeat, None, self.now());
+        self.link = Some((connection, session));
+        self.drive(ctx);
+        self.set_timer(ctx);
+    }
+}
+
+impl Handler<LinkDown> for Client {
+    type Result = ();
+
+    fn handle(&mut self, LinkDown(connection, reason): LinkDown, ctx: &mut Context<Self>) {
+        if self.session(connection).is_some() {
+            self.unlink(reason, ctx);
+        }
+    }
+}
+
+impl Handler<Received> for Client {
+    type Result = ();
+
+    fn handle(&mut self, received: Received, ctx: &mut Context<Self>) {
+        let Received { connection, message, bytes, traffic } = received;
+        let now = self.now();
+        self.tell(Command::Done(connection, bytes));
+        if self.session(connection).is_none() {
+            return;
+        }
+        if matches!(message, ToClient::SyncDone { .. })
+            && let Some(running) = &mut self.running
+        {
+            running.traffic = traffic;
+        }
+        if let Some(session) = self.session(connection) {
+            session.handle_message(message, now);
+        }
+        self.drive(ctx);
+    }
+}
+
+impl Handler<Heard> for Client {
+    type Result = ();
+
+    fn handle(&mut self, Heard(connection): Heard, _: &mut Context<Self>) {
+        let now = self.now();
+        if let Some(session) = self.session(connection) {
+            session.handle_heard(now);
+        }
+    }
+}
+
+impl Handler<Malformed> for Client {
+    type Result = ();
+
+    fn handle(&mut self, Malformed(connection, error): Malformed, ctx: &mut Context<Self>) {
+        if let Some(session) = self.session(connection) {
+            session.handle_malformed(&error);
+        }
+        self.drive(ctx);
+    }
+}
+
+impl Handler<MiddlemanFailed> for Client {
+    type Result = ();
+
+    fn handle(&mut self, _: MiddlemanFailed, ctx: &mut Context<Self>) {
+        if !self.stopping {
+            self.start_middleman(ctx);
+        }
+    }
+}
+
+impl Handler<Computed> for Client {
+    type Result = ();
+
+    fn handle(&mut self, computed: Computed, ctx: &mut Context<Self>) {
+        match computed {
+            Computed::Root(connection, of, root) => {
+                if let Some(session) = self.session(connection) {
+                    match root {
+                        Some(root) => session.handle_root(of, root),
+                        None => session.handle_close(Reason::Failed, "no root"),
+                    }
+                }
+            }
+            Computed::Answer(connection, diff, answer) => {
+                if let Some(session) = self.session(connection) {
+                    match answer {
+                        Some(Ok(answer)) => session.handle_answer(diff, answer),
+                        Some(Err(error)) => {
+                            session.handle_close(Reason::Protocol, error.to_string());
+                        }
+                        None => session.handle_close(Reason::Failed, "no answer"),
+                    }
+                }
+            }
+        }
+        self.drive(ctx);
+    }
+}

@@ -1,0 +1,295 @@
+//! The client's Middleman: one connection after the other.
+//!
+//! The Client starts it. It connects, decodes what comes and hands it over, writes what it is given, and
+//! connects again after a while when the connection ends. It decides nothing: the session is the
+//! Client's, so that what is applied and what is answered are decided in one turn.
+
+use std::fmt;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{self, Poll};
+
+use actix::prelude::*;
+use tablecast_protocol::server::Close;
+use tablecast_protocol::{HANDSHAKE_FRAME_BYTES, ToClient, ToServer, wire};
+use tokio::time::Instant;
+use tracing::{debug, info};
+
+use super::backoff::Backoff;
+use super::{Client, Heard, LinkDown, LinkUp, Malformed, Received, Traffic};
+use crate::access::codec::Framed;
+use crate::access::{Access, Stream};
+use crate::config::ClientConfig;
+use crate::error::AccessError;
+
+/// How long a connection that is to end may take to send its last words.
+const LAST_WORDS: std::time::Duration = std::time::Duration::from_secs(1);
+
+/// How many frames are read before others on this arbiter have their turn.
+const TURNS: usize = 32;
+
+/// The number of a connection of this client. What an old one left behind is dropped by it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct ConnectionId(pub(crate) u64);
+
+/// What the Client says.
+#[derive(Debug, Message)]
+#[rtype(result = "()")]
+pub(crate) enum Command {
+    /// Connect, and stay connected.
+    Connect,
+    /// Send this.
+    Send(ConnectionId, ToServer),
+    /// So many bytes of frames have been worked off.
+    Done(ConnectionId, usize),
+    /// The connection ends; what was to be sent goes out first.
+    Close(ConnectionId, Close),
+    /// End for good, in the same way.
+    Stop,
+}
+
+/// The actor.
+pub struct Middleman {
+    config: Arc<ClientConfig>,
+    access: Arc<dyn Access>,
+    client: Addr<Client>,
+    backoff: Backoff,
+    connection: ConnectionId,
+    link: Option<Link>,
+    stopping: bool,
+}
+
+struct Link {
+    framed: Framed,
+    /// Bytes of frames that the Client has not worked off.
+    waiting: usize,
+    /// Both directions, when the last `SyncReq` was queued.
+    base: (u64, u64),
+    /// The session has ended: close when all is written, by then at the latest.
+    closing: Option<Instant>,
+}
+
+impl Middleman {
+    pub(crate) fn new(
+        config: Arc<ClientConfig>,
+        access: Arc<dyn Access>,
+        client: Addr<Client>,
+    ) -> Self {
+        let backoff = Backoff::new(config.backoff_min, config.backoff_max);
+        Self {
+            config,
+            access,
+            client,
+            backoff,
+            connection: ConnectionId(0),
+            link: None,
+            stopping: false,
+        }
+    }
+
+    fn connect(&self, ctx: &mut Context<Self>) {
+        let limit = self.config.connect_timeout;
+        let connecting = tokio::time::timeout(limit, self.access.connect()).into_actor(self);
+        ctx.spawn(connecting.map(move |result, middleman, ctx| {
+            let what = "connection";
+            match result {
+                _ if middleman.stopping => {}
+                Ok(Ok(stream)) => middleman.up(stream),
+                Ok(Err(error)) => middleman.retry(&error.into(), ctx),
+                Err(_) => {
+                    let seconds = limit.as_secs_f32();
+                    middleman.retry(&AccessError::Timeout { what, seconds }, ctx);
+                }
+            }
+        }));
+    }
+
+    fn up(&mut self, stream: Box<dyn Stream>) {
+        self.connection.0 += 1;
+        debug!(server = self.access.address(), "connected");
+        self.link = Some(Link {
+            framed: Framed::new(stream, HANDSHAKE_FRAME_BYTES),
+            waiting: 0,
+            base: (0, 0),
+            closing: None,
+        });
+        self.client.do_send(LinkUp(self.connection));
+    }
+
+    /// The connection is over, for this reason.
+    fn down(&mut self, error: &AccessError, ctx: &mut Context<Self>) {
+        if self.link.take().is_some() {
+            self.client.do_send(LinkDown(self.connection, error.to_string()));
+            if self.stopping {
+                ctx.stop();
+            } else {
+                self.retry(error, ctx);
+            }
+        }
+    }
+
+    fn retry(&mut self, error: &AccessError, ctx: &mut Context<Self>) {
+        let wait = self.backoff.next_wait();
+        info!(server = self.access.address(), %error, ?wait, "not connected");
+        ctx.run_later(wait, |middleman, ctx| {
+            if middleman.link.is_none() && !middleman.stopping {
+                middleman.connect(ctx);
+            }
+        });
+    }
+
+    /// The connection that is meant, unless it is over.
+    fn link(&mut self, connection: ConnectionId) -> Option<&mut Link> {
+        self.link.as_mut().filter(|_| self.connection == connection)
+    }
+
+    fn read(&mut self, cx: &mut task::Context<'_>) -> Result<bool, AccessError> {
+        let connection = self.connection;
+        let Some(link) = &mut self.link else { return Ok(false) };
+        let before = link.framed.received;
+        for _ in 0..TURNS {
+            if link.closing.is_some() || link.waiting >= self.config.inbox_bytes {
+                return Ok(false);
+            }
+            let Poll::Ready(frame) = link.framed.poll_frame(cx)? else {
+                if link.framed.received > before {
+                    self.client.do_send(Heard(connection));
+                }
+                return Ok(false);
+            };
+            let frame = frame.ok_or(AccessError::Closed)?;
+            match wire::decode::<ToClient>(&frame, &self.config.limits) {
+                Ok(message) => {
+                    if matches!(message, ToClient::Welcome { .. }) {
+                        link.framed.set_max_frame_bytes(self.config.limits.frame_bytes);
+                        self.backoff.reset();
+                    }
+                    link.waiting += frame.len();
+                    let (sent, received) = link.base;
+                    let traffic = Traffic {
+                        sent: link.framed.sent - sent,
+                        received: link.framed.received - received,
+                    };
+                    let bytes = frame.len();
+                    self.client.do_send(Received { connection, message, bytes, traffic });
+                }
+                Err(error) => {
+                    // The session says goodbye, and why.
+                    self.client.do_send(Malformed(connection, error));
+                    return Ok(false);
+                }
+            }
+        }
+        Ok(true)
+    }
+
+    fn pump(&mut self, cx: &mut task::Context<'_>) -> Result<(), AccessError> {
+        if self.read(cx)? {
+            cx.waker().wake_by_ref();
+        }
+        let Some(link) = &mut self.link else { return Ok(()) };
+        if let Poll::Ready(result) = link.framed.poll_flush(cx) {
+            result?;
+            if link.closing.is_some() && link.framed.poll_shutdown(cx).is_ready() {
+                return Err(AccessError::Closed);
+            }
+        }
+        Ok(())
+    }
+}
+
+impl fmt::Debug for Middleman {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Middleman")
+            .field("server", &self.access.address())
+            .field("connection", &self.connection)
+            .field("up", &self.link.is_some())
+            .finish_non_exhaustive()
+    }
+}
+
+impl Actor for Middleman {
+    type Context = Context<Self>;
+
+    fn started(&mut self, ctx: &mut Context<Self>) {
+        ctx.spawn(Pump);
+    }
+}
+
+impl Drop for Middleman {
+    /// Also after a panic: the Client must not wait for a connection that is no more.
+    fn drop(&mut self) {
+        if self.link.is_some() {
+            self.client.do_send(LinkDown(self.connection, "the connection failed".to_owned()));
+        }
+        if !self.stopping {
+            self.client.do_send(super::MiddlemanFailed);
+        }
+    }
+}
+
+struct Pump;
+
+impl ActorFuture<Middleman> for Pump {
+    type Output = ();
+
+    fn poll(
+        self: Pin<&mut Self>,
+        middleman: &mut Middleman,
+        ctx: &mut Context<Middleman>,
+        cx: &mut task::Context<'_>,
+    ) -> Poll<()> {
+        if let Err(error) = middleman.pump(cx) {
+            middleman.down(&error, ctx);
+        }
+        Poll::Pending
+    }
+}
+
+impl Handler<Command> for Middleman {
+    type Result = ();
+
+    fn handle(&mut self, command: Command, ctx: &mut Context<Self>) {
+        match command {
+            Command::Connect => {
+                if self.link.is_none() {
+                    self.connect(ctx);
+                }
+            }
+            Command::Send(connection, message) => {
+                if let Some(link) = self.link(connection) {
+                    if matches!(message, ToServer::SyncReq { .. }) {
+                        link.base =
+                            (link.framed.sent + link.framed.queued() as u64, link.framed.received);
+                    }
+                    link.framed.queue(wire::encode(&message));
+                }
+            }
+            Command::Done(connection, bytes) => {
+                if let Some(link) = self.link(connection) {
+                    link.waiting = link.waiting.saturating_sub(bytes);
+                }
+            }
+            Command::Close(connection, close) => {
+                if let Some(link) = self.link(connection) {
+                    link.closing = Some(Instant::now() + LAST_WORDS);
+                    let error = AccessError::from(close);
+                    ctx.run_later(LAST_WORDS, move |middleman, ctx| {
+                        if middleman.connection == connection {
+                            middleman.down(&error, ctx);
+                        }
+                    });
+                }
+            }
+            Command::Stop => {
+                self.stopping = true;
+                match &mut self.link {
+                    // The Client has said farewell before.
+                    Some(link) => link.closing = Some(Instant::now() + LAST_WORDS),
+                    None => ctx.stop(),
+                }
+                ctx.run_later(LAST_WORDS, |_, ctx| ctx.stop());
+            }
+        }
+    }
+}

@@ -1,0 +1,83 @@
+//! What the actors are set to.
+
+use std::time::Duration;
+
+use tablecast_protocol::server::SessionConfig;
+use tablecast_protocol::{HeartbeatConfig, Limits};
+
+/// What a server is set to. Every bound has a name here, and says what happens at it.
+#[derive(Clone, Debug)]
+pub struct ServerConfig {
+    /// Largest things, repairs, heartbeats.
+    pub session: SessionConfig,
+    /// How much of the recent history is kept for followers that lag: 64 MiB. A follower that lags by
+    /// more is told that it fell behind, and is repaired by a diff.
+    pub log_bytes: usize,
+    /// How many diffs run at once: 4. Others wait.
+    pub diffs_at_once: usize,
+    /// How many diffs wait at most: 10,000. One more is aborted as `Busy`, and asked for again.
+    pub diffs_waiting: usize,
+    /// How many followers there are at most: 10,000. One more is refused as `Full`.
+    pub followers: usize,
+    /// How long a connection may take to say who it is: 10 s. Then it is closed.
+    pub handshake_timeout: Duration,
+    /// How many bytes are handed to a socket at once: 256 KiB. More leaves the processor's cache.
+    pub flush_bytes: usize,
+    /// How many changes a subscriber to them may lag behind: 1,024. Then it is told how many it missed.
+    pub event_capacity: usize,
+}
+
+impl Default for ServerConfig {
+    fn default() -> Self {
+        Self {
+            session: SessionConfig::default(),
+            log_bytes: 64 << 20,
+            diffs_at_once: 4,
+            diffs_waiting: 10_000,
+            followers: 10_000,
+            handshake_timeout: Duration::from_secs(10),
+            flush_bytes: 256 << 10,
+            event_capacity: 1024,
+        }
+    }
+}
+
+/// What a follower is set to.
+#[derive(Clone, Debug)]
+pub struct ClientConfig {
+    /// What the server's people see; up to a few hundred bytes.
+    pub name: String,
+    /// Largest things. A server whose limits are above these is refused.
+    pub limits: Limits,
+    /// When the server is asked whether it is there, and given up.
+    pub heartbeat: HeartbeatConfig,
+    /// How long connecting may take: 10 s.
+    pub connect_timeout: Duration,
+    /// How long the first wait before the next attempt is: 100 ms. Each next one is twice as long,
+    /// with up to as much again by chance. A good handshake begins anew.
+    pub backoff_min: Duration,
+    /// The longest wait before the next attempt: 10 s.
+    pub backoff_max: Duration,
+    /// Ask for a diff so long after the last one; `None` (the default) is only when there is a reason.
+    pub diff_every: Option<Duration>,
+    /// How many bytes of frames may wait to be applied: 4 MiB. Then nothing more is read.
+    pub inbox_bytes: usize,
+    /// How many events a subscriber may lag behind: 1,024. Then it is told how many it missed.
+    pub event_capacity: usize,
+}
+
+impl Default for ClientConfig {
+    fn default() -> Self {
+        Self {
+            name: String::new(),
+            limits: Limits::default(),
+            heartbeat: HeartbeatConfig::default(),
+            connect_timeout: Duration::from_secs(10),
+            backoff_min: Duration::from_millis(100),
+            backoff_max: Duration::from_secs(10),
+            diff_every: None,
+            inbox_bytes: 4 << 20,
+            event_capacity: 1024,
+        }
+    }
+}

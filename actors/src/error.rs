@@ -1,0 +1,81 @@
+//! What ends a connection, and what a call on an actor can fail with.
+
+use tablecast_protocol::server::Close;
+use tablecast_protocol::{AbortReason, DecodeError};
+
+/// The world failed: what ends a connection beside the peers' own words.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum AccessError {
+    /// The transport.
+    #[error("connection: {0}")]
+    Io(#[from] std::io::Error),
+    /// A frame that is longer than this end accepts now.
+    #[error("frame of {bytes} bytes is above the limit of {limit}")]
+    FrameTooLong {
+        /// What its header says.
+        bytes: u32,
+        /// The limit: 4 KiB before the handshake is through.
+        limit: usize,
+    },
+    /// The peer closed in the middle of a frame.
+    #[error("peer closed within a frame, {bytes} bytes of it came")]
+    CutOff {
+        /// How much of it there was.
+        bytes: usize,
+    },
+    /// The peer closed without a word.
+    #[error("peer closed")]
+    Closed,
+    /// No connection, or no handshake, in time.
+    #[error("no {what} within {seconds} s")]
+    Timeout {
+        /// What was waited for.
+        what: &'static str,
+        /// How long.
+        seconds: f32,
+    },
+    /// Bytes that are no message.
+    #[error(transparent)]
+    Decode(#[from] DecodeError),
+    /// One of the ends said so.
+    #[error(transparent)]
+    Close(#[from] Close),
+}
+
+/// Why a diff could not even begin.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum DiffError {
+    /// One is under way; its report comes as an event.
+    #[error("a diff is under way already")]
+    AlreadyDiffing,
+    /// There is no connection.
+    #[error("not connected")]
+    Disconnected,
+    /// The client has ended.
+    #[error("the client has stopped")]
+    Stopped,
+}
+
+/// Why a diff ended without a report.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum DiffAborted {
+    /// The server says so.
+    #[error("the server ended the diff: {0}")]
+    Server(AbortReason),
+    /// The connection ended.
+    #[error("the connection ended")]
+    Disconnected,
+}
+
+impl From<tablecast_protocol::client::NotNow> for DiffError {
+    fn from(error: tablecast_protocol::client::NotNow) -> Self {
+        use tablecast_protocol::client::NotNow;
+        match error {
+            NotNow::AlreadyDiffing => Self::AlreadyDiffing,
+            _ => Self::Disconnected,
+        }
+    }
+}

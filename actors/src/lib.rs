@@ -1,0 +1,37 @@
+//! Tablecast's runtime: four kinds of actors around the machines of [`tablecast_protocol`].
+//!
+//! ```text
+//!   user ── write, delete ──> Server ── chunks ──> log <── cursor ── server::Middleman ── socket
+//!                               ^   \__ wake-up, answers ________________^   │  ^
+//!                               └────── subscribe, snapshot, read, mark ─────┘  │ steps
+//!                                                                             Differ
+//!   socket ── client::Middleman ── messages ──> Client <── write, diff, wait_for ── user
+//!                   ^______________ messages _____/
+//! ```
+//!
+//! | actor | owns | lives on | ends |
+//! |---|---|---|---|
+//! | [`server::Server`] | table, readiness, places for diffs | an arbiter of its own | when told |
+//! | [`server::middleman::Middleman`] | one connection and its session | one of a few arbiters | with its connection |
+//! | [`server::differ::Differ`] | one walk | one of a few arbiters | with its diff |
+//! | [`client::Client`] | the follower's table and session | any arbiter | when told |
+//! | [`client::middleman::Middleman`] | one connection after the other | the Client's arbiter | with its Client |
+//!
+//! Who ends with whom: a Differ that fails ends its diff, not the connection. A Middleman that fails
+//! ends its Differ and its connection, and the client connects again. Neither harms the Server or
+//! another follower: a panic in an actor ends that actor, and what it owned tells the others as it
+//! is dropped. The Client's table survives every failure of its connection.
+//!
+//! The log is the queue: the Server appends a batch once and wakes those who do not know yet; each
+//! Middleman reads from its own place whenever its socket has room. Nothing is kept for a follower
+//! but that place.
+
+pub mod access;
+pub mod client;
+mod config;
+mod error;
+pub mod server;
+
+pub use config::{ClientConfig, ServerConfig};
+pub use error::{AccessError, DiffAborted, DiffError};
+pub use tablecast_protocol as protocol;

@@ -1,0 +1,524 @@
+//! The Server: the one place where the canonical table changes.
+//!
+//! It owns the table ([`tablecast_protocol::Table`]), the writing end of the log, the followers'
+//! list, and the places at which diffs run. Whoever embeds it starts it; it tells its Middlemen
+//! that the log grew, and answers what they ask. It ends when it is told to, and then every
+//! connection has been told farewell.
+//!
+//! | message | answer | from |
+//! |---|---|---|
+//! | [`Write`] | the position behind it, or why not | user |
+//! | [`Ready`], [`Await`] | the position at which the history began | user |
+//! | [`GetStatus`], [`GetFollowers`], [`Snapshot`], [`Subscribe`] | what is asked for | user |
+//! | [`Stop`] | when the last connection is closed | user |
+//! | [`Connect`], [`Ask`], [`Gone`] | a [`middleman::Reply`], later | Middleman |
+
+pub mod differ;
+mod endpoint;
+pub mod middleman;
+
+use std::collections::{BTreeMap, VecDeque};
+use std::pin::Pin;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::{self, Poll};
+
+use actix::prelude::*;
+use tablecast_protocol::diff::Difference;
+use tablecast_protocol::{
+    Change, DiffId, Epoch, FollowerId, Hash, Log, Position, Reason, Revision, Table, Tree,
+    WriteError,
+};
+use tokio::sync::{broadcast, oneshot};
+
+use crate::config::ServerConfig;
+pub use endpoint::{Arbiters, Endpoint};
+use middleman::{Middleman, Reply};
+
+/// Changes, as one unit: all or nothing, consecutive revisions, one frame.
+#[derive(Debug, Message)]
+#[rtype(result = "Result<Written, WriteError>")]
+pub struct Write(pub Vec<Change>);
+
+/// Where a write went.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Written {
+    /// Before `ready`: the table is being filled, and there are no revisions.
+    Filled,
+    /// The position behind the last change of the batch.
+    At(Position),
+}
+
+impl Written {
+    /// The position; `None` before `ready`.
+    pub fn position(&self) -> Option<Position> {
+        match self {
+            Self::Filled => None,
+            Self::At(position) => Some(*position),
+        }
+    }
+}
+
+/// The table is filled: begin a history, and let followers in. The second time it does nothing.
+#[derive(Debug, Message)]
+#[rtype(result = "Position")]
+pub struct Ready(pub Epoch);
+
+/// Waits until the server is ready; `None` if it is stopped before.
+#[derive(Debug, Message)]
+#[rtype(result = "Option<Position>")]
+pub struct Await;
+
+/// The tree as it is, and where.
+#[derive(Debug, Message)]
+#[rtype(result = "(Option<Position>, Tree)")]
+pub struct Snapshot;
+
+/// A subscription to changes as they are applied.
+#[derive(Debug, Message)]
+#[rtype(result = "broadcast::Receiver<Applied>")]
+pub struct Subscribe;
+
+/// A change that was applied to the canonical table.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Applied {
+    /// The change.
+    pub change: Change,
+    /// Its revision; `None` before `ready`.
+    pub revision: Option<Revision>,
+}
+
+/// How the server is.
+#[derive(Debug, Message)]
+#[rtype(result = "Status")]
+pub struct GetStatus;
+
+/// Who follows.
+#[derive(Debug, Message)]
+#[rtype(result = "Vec<FollowerStatus>")]
+pub struct GetFollowers;
+
+/// Closes all connections with a farewell and ends. Answered when the last one is closed.
+#[derive(Debug, Message)]
+#[rtype(result = "()")]
+pub struct Stop;
+
+/// How a server is.
+#[derive(Clone, Debug)]
+pub struct Status {
+    /// Where the history stands; `None` before `ready`.
+    pub position: Option<Position>,
+    /// How many keys there are.
+    pub keys: usize,
+    /// How many followers are subscribed.
+    pub followers: usize,
+    /// Diffs that run.
+    pub diffs_running: usize,
+    /// Diffs that wait for a place.
+    pub diffs_waiting: usize,
+    /// Bytes of history kept for followers that lag.
+    pub log_bytes: usize,
+    /// The oldest change that is kept.
+    pub log_tail: Revision,
+    /// Writes that were refused, by a limit or by the store.
+    pub refused: u64,
+}
+
+/// How a follower is, as its Middleman sees it.
+#[derive(Clone, Debug, Default)]
+pub struct FollowerStatus {
+    /// Which connection.
+    pub id: u64,
+    /// What it calls itself.
+    pub name: String,
+    /// Where it is.
+    pub address: String,
+    /// The session's state: `Relay` or `Diff`, `Closed` at the end.
+    pub state: &'static str,
+    /// The last revision that is on the wire.
+    pub sent: Revision,
+    /// How many changes it lags behind the head.
+    pub lag: u64,
+    /// How often it fell behind.
+    pub jumps: u32,
+    /// How many diffs were done on this connection.
+    pub diffs: u64,
+    /// The mark at which its root was compared last, and whether it was equal.
+    pub verified: Option<(Revision, bool)>,
+    /// Bytes that were sent to it.
+    pub bytes_sent: u64,
+    /// Bytes that came from it.
+    pub bytes_received: u64,
+}
+
+/// A connection has said Hello.
+#[derive(Debug, Message)]
+#[rtype(result = "()")]
+pub(crate) struct Connect {
+    pub(crate) follower: FollowerId,
+    pub(crate) middleman: Addr<Middleman>,
+    pub(crate) woken: Arc<AtomicBool>,
+    pub(crate) status: Arc<Mutex<FollowerStatus>>,
+}
+
+/// A Middleman asks something for its diff.
+#[derive(Debug, Message)]
+#[rtype(result = "()")]
+pub(crate) struct Ask {
+    pub(crate) follower: FollowerId,
+    pub(crate) diff: DiffId,
+    pub(crate) question: Question,
+}
+
+#[derive(Debug)]
+pub(crate) enum Question {
+    Admit,
+    Snapshot,
+    Read { found: Arc<Difference>, from: usize, max_bytes: usize },
+    Mark,
+    End,
+}
+
+/// A connection has ended, however.
+#[derive(Debug, Message)]
+#[rtype(result = "()")]
+pub(crate) struct Gone(pub(crate) FollowerId);
+
+/// The log, as Server and Middlemen share it. Locked for as long as it takes to append a chunk, or to copy
+/// some pointers to chunks.
+#[derive(Clone, Debug)]
+pub(crate) struct SharedLog(Arc<Mutex<Log>>);
+
+impl SharedLog {
+    pub(crate) fn lock(&self) -> MutexGuard<'_, Log> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The actor. Start it on an arbiter of its own: it works through its mailbox without a pause.
+#[derive(Debug)]
+pub struct Server {
+    config: ServerConfig,
+    table: Table,
+    log: SharedLog,
+    followers: BTreeMap<FollowerId, Follower>,
+    /// Diffs that run, at most `diffs_at_once`, and those that wait.
+    running: Vec<(FollowerId, DiffId)>,
+    waiting: VecDeque<(FollowerId, DiffId)>,
+    awaiting: Vec<oneshot::Sender<Option<Position>>>,
+    changes: broadcast::Sender<Applied>,
+    refused: u64,
+    /// Told to stop: who waits for the last connection to end.
+    stopping: Option<Vec<oneshot::Sender<()>>>,
+}
+
+#[derive(Debug)]
+struct Follower {
+    middleman: Addr<Middleman>,
+    /// Set when the Middleman has been told that the log grew, and has not looked yet: a mailbox
+    /// holds one such message at most.
+    woken: Arc<AtomicBool>,
+    status: Arc<Mutex<FollowerStatus>>,
+}
+
+impl Server {
+    /// A server of this table.
+    pub fn new(table: Table, config: ServerConfig) -> Self {
+        let log = Log::new(config.log_bytes, Revision::ZERO, tablecast_protocol::Chain::START);
+        Self {
+            table,
+            log: SharedLog(Arc::new(Mutex::new(log))),
+            followers: BTreeMap::new(),
+            running: Vec::new(),
+            waiting: VecDeque::new(),
+            awaiting: Vec::new(),
+            changes: broadcast::channel(config.event_capacity).0,
+            refused: 0,
+            stopping: None,
+            config,
+        }
+    }
+
+    /// The log, for the Middlemen of this server.
+    pub(crate) fn log(&self) -> SharedLog {
+        self.log.clone()
+    }
+
+    /// Puts what was written into the log, and wakes the Middlemen that do not know yet.
+    fn publish(&mut self) {
+        self.table.seal();
+        let mut grown = false;
+        while let Some((chunk, chain)) = self.table.next_chunk() {
+            self.log.lock().push(chunk, chain);
+            grown = true;
+        }
+        if grown {
+            for follower in self.followers.values() {
+                if !follower.woken.swap(true, Ordering::AcqRel) {
+                    follower.middleman.do_send(Reply::Grown);
+                }
+            }
+        }
+    }
+
+    fn reply(&self, follower: FollowerId, reply: Reply) {
+        if let Some(follower) = self.followers.get(&follower) {
+            follower.middleman.do_send(reply);
+        }
+    }
+
+    /// Lets waiting diffs run while there are places.
+    fn admit(&mut self) {
+        while self.running.len() < self.config.diffs_at_once {
+            let Some((follower, diff)) = self.waiting.pop_front() else { return };
+            self.running.push((follower, diff));
+            self.reply(follower, Reply::Admitted(diff));
+        }
+    }
+
+    fn end_diffs(&mut self, over: impl Fn(FollowerId, DiffId) -> bool) {
+        for (follower, diff) in self.running.extract_if(.., |(f, d)| over(*f, *d)) {
+            self.log.lock().unmark(follower, diff);
+        }
+        self.waiting.retain(|(follower, diff)| !over(*follower, *diff));
+        self.admit();
+    }
+
+    fn tell_changes(&self, changes: Vec<Change>, end: Option<Revision>) {
+        if self.changes.receiver_count() == 0 {
+            return;
+        }
+        let count = changes.len() as u64;
+        for (change, number) in changes.into_iter().zip(1..) {
+            let revision = end.map(|end| Revision(end.0 - count + number));
+            // No receiver any more is nobody's loss.
+            drop(self.changes.send(Applied { change, revision }));
+        }
+    }
+
+    fn stop_if_alone(&mut self, ctx: &mut Context<Self>) {
+        if self.followers.is_empty()
+            && let Some(waiting) = self.stopping.take()
+        {
+            for waiter in waiting {
+                // Nobody waits any more: that is as well.
+                let _: Result<(), ()> = waiter.send(());
+            }
+            ctx.stop();
+        }
+    }
+}
+
+impl Actor for Server {
+    type Context = Context<Self>;
+
+    fn started(&mut self, ctx: &mut Context<Self>) {
+        // The default, 16, would make writers wait for each other's wake-ups.
+        ctx.set_mailbox_capacity(1024);
+        ctx.spawn(Publish);
+    }
+}
+
+/// Runs after every emptied mailbox, for ever: whatever came in one go is one batch on the wire.
+struct Publish;
+
+impl ActorFuture<Server> for Publish {
+    type Output = ();
+
+    fn poll(
+        self: Pin<&mut Self>,
+        server: &mut Server,
+        _: &mut Context<Server>,
+        _: &mut task::Context<'_>,
+    ) -> Poll<()> {
+        server.publish();
+        Poll::Pending
+    }
+}
+
+impl Handler<Write> for Server {
+    type Result = Result<Written, WriteError>;
+
+    fn handle(&mut self, Write(changes): Write, _: &mut Context<Self>) -> Self::Result {
+        if let Err(error) = self.table.write(&changes) {
+            self.refused += 1;
+            return Err(error);
+        }
+        let position = self.table.position();
+        self.tell_changes(changes, position.map(|position| position.revision));
+        // A writer without a pause must not keep the others waiting.
+        if self.table.has_chunk() {
+            self.publish();
+        }
+        Ok(position.map_or(Written::Filled, Written::At))
+    }
+}
+
+impl Handler<Ready> for Server {
+    type Result = MessageResult<Ready>;
+
+    fn handle(&mut self, Ready(epoch): Ready, _: &mut Context<Self>) -> Self::Result {
+        self.table.ready(epoch);
+        let position = self.table.position().expect("a table that is ready has a position");
+        for waiter in self.awaiting.drain(..) {
+            let _: Result<(), _> = waiter.send(Some(position));
+        }
+        MessageResult(position)
+    }
+}
+
+impl Handler<Await> for Server {
+    type Result = ResponseFuture<Option<Position>>;
+
+    fn handle(&mut self, _: Await, _: &mut Context<Self>) -> Self::Result {
+        let position = self.table.position();
+        let (waiter, ready) = oneshot::channel();
+        if position.is_none() {
+            self.awaiting.push(waiter);
+        }
+        Box::pin(async move {
+            match position {
+                Some(position) => Some(position),
+                None => ready.await.ok().flatten(),
+            }
+        })
+    }
+}
+
+impl Handler<Snapshot> for Server {
+    type Result = MessageResult<Snapshot>;
+
+    fn handle(&mut self, _: Snapshot, _: &mut Context<Self>) -> Self::Result {
+        MessageResult((self.table.position(), self.table.tree().clone()))
+    }
+}
+
+impl Handler<Subscribe> for Server {
+    type Result = MessageResult<Subscribe>;
+
+    fn handle(&mut self, _: Subscribe, _: &mut Context<Self>) -> Self::Result {
+        MessageResult(self.changes.subscribe())
+    }
+}
+
+impl Handler<GetStatus> for Server {
+    type Result = MessageResult<GetStatus>;
+
+    fn handle(&mut self, _: GetStatus, _: &mut Context<Self>) -> Self::Result {
+        let log = self.log.lock();
+        MessageResult(Status {
+            position: self.table.position(),
+            keys: self.table.tree().len(),
+            followers: self.followers.len(),
+            diffs_running: self.running.len(),
+            diffs_waiting: self.waiting.len(),
+            log_bytes: log.bytes(),
+            log_tail: log.tail(),
+            refused: self.refused,
+        })
+    }
+}
+
+impl Handler<GetFollowers> for Server {
+    type Result = MessageResult<GetFollowers>;
+
+    fn handle(&mut self, _: GetFollowers, _: &mut Context<Self>) -> Self::Result {
+        let head = self.table.position().map_or(Revision::ZERO, |position| position.revision);
+        let of = |follower: &Follower| {
+            let status = follower.status.lock().unwrap_or_else(PoisonError::into_inner).clone();
+            FollowerStatus { lag: head.0.saturating_sub(status.sent.0), ..status }
+        };
+        MessageResult(self.followers.values().map(of).collect())
+    }
+}
+
+impl Handler<Stop> for Server {
+    type Result = ResponseFuture<()>;
+
+    fn handle(&mut self, _: Stop, ctx: &mut Context<Self>) -> Self::Result {
+        self.publish();
+        let (waiter, stopped) = oneshot::channel();
+        self.stopping.get_or_insert_default().push(waiter);
+        self.awaiting.clear();
+        for follower in self.followers.values() {
+            follower.middleman.do_send(Reply::Close(Reason::Stopping, String::new()));
+        }
+        self.stop_if_alone(ctx);
+        Box::pin(async move { drop(stopped.await) })
+    }
+}
+
+impl Handler<Connect> for Server {
+    type Result = ();
+
+    fn handle(&mut self, connect: Connect, _: &mut Context<Self>) {
+        let Connect { follower, middleman, woken, status } = connect;
+        let Some(position) = self.table.position().filter(|_| self.stopping.is_none()) else {
+            middleman.do_send(Reply::Close(Reason::Stopping, "not serving".to_owned()));
+            return;
+        };
+        let limit = self.config.followers;
+        if self.followers.len() >= limit {
+            let text = format!("there are {limit} followers, which is the limit");
+            middleman.do_send(Reply::Close(Reason::Full, text));
+            return;
+        }
+        // What was written before is in the log before the follower's place is decided.
+        self.publish();
+        middleman.do_send(Reply::Subscribed(position));
+        self.followers.insert(follower, Follower { middleman, woken, status });
+    }
+}
+
+impl Handler<Ask> for Server {
+    type Result = ();
+
+    fn handle(&mut self, ask: Ask, _: &mut Context<Self>) {
+        let Ask { follower, diff, question } = ask;
+        if !self.followers.contains_key(&follower) {
+            return;
+        }
+        match question {
+            Question::Admit if self.waiting.len() >= self.config.diffs_waiting => {
+                self.reply(follower, Reply::Busy(diff));
+            }
+            Question::Admit => {
+                self.waiting.push_back((follower, diff));
+                self.admit();
+            }
+            Question::Snapshot => {
+                self.reply(follower, Reply::Snapshot(diff, self.table.tree().clone()));
+            }
+            Question::Read { found, from, max_bytes } => {
+                let values = self.table.read(&found, from, max_bytes);
+                self.publish();
+                self.reply(follower, Reply::Values(diff, values));
+            }
+            Question::Mark => {
+                self.publish();
+                let head = {
+                    let mut log = self.log.lock();
+                    log.mark(follower, diff);
+                    log.head()
+                };
+                self.reply(follower, Reply::Marked(diff, head, self.table.tree().clone()));
+            }
+            Question::End => self.end_diffs(|f, d| (f, d) == (follower, diff)),
+        }
+    }
+}
+
+impl Handler<Gone> for Server {
+    type Result = ();
+
+    fn handle(&mut self, Gone(follower): Gone, ctx: &mut Context<Self>) {
+        self.followers.remove(&follower);
+        self.end_diffs(|f, _| f == follower);
+        self.stop_if_alone(ctx);
+    }
+}
+
+/// The root of a tree, computed on a thread that may block.
+pub(crate) async fn root_of(tree: Tree) -> Option<Hash> {
+    actix_rt::task::spawn_blocking(move || tree.root()).await.ok()
+}

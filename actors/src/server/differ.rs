@@ -1,0 +1,102 @@
+//! A Differ: one walk over one snapshot.
+//!
+//! A Middleman starts it on an arbiter for such work, and gives it the answers of its follower; it
+//! says its steps. It ends with the walk, when it is told to, or by a panic; whichever of these
+//! comes first, the Middleman hears of it.
+
+use actix::prelude::*;
+use tablecast_protocol::diff::{Answer, Step, Walk};
+use tablecast_protocol::{DiffId, Hash, Tree};
+
+use super::middleman::{Middleman, Reply};
+
+/// What the follower has at the nodes of the last query.
+#[derive(Debug, Message)]
+#[rtype(result = "()")]
+pub(crate) struct Answered(pub(crate) Answer);
+
+/// Nobody waits for the walk any more.
+#[derive(Debug, Message)]
+#[rtype(result = "()")]
+pub(crate) struct Abandon;
+
+/// What to walk.
+#[derive(Debug)]
+pub(crate) struct Order {
+    pub(crate) diff: DiffId,
+    pub(crate) tree: Tree,
+    pub(crate) root: Hash,
+    pub(crate) len: u64,
+    pub(crate) full: bool,
+}
+
+/// The actor.
+#[derive(Debug)]
+pub struct Differ {
+    diff: DiffId,
+    middleman: Addr<Middleman>,
+    order: Option<Order>,
+    walk: Option<Walk>,
+    /// The Middleman knows how the walk ended, or does not want to.
+    told: bool,
+}
+
+impl Differ {
+    pub(crate) fn new(order: Order, middleman: Addr<Middleman>) -> Self {
+        Self { diff: order.diff, middleman, order: Some(order), walk: None, told: false }
+    }
+
+    fn say(&mut self, step: Step, ctx: &mut Context<Self>) {
+        if matches!(step, Step::Done(_)) {
+            self.told = true;
+            ctx.stop();
+        }
+        self.middleman.do_send(Reply::Step(self.diff, step));
+    }
+}
+
+impl Actor for Differ {
+    type Context = Context<Self>;
+
+    fn started(&mut self, ctx: &mut Context<Self>) {
+        if let Some(Order { tree, root, len, full, .. }) = self.order.take() {
+            let (walk, step) = Walk::new(tree, root, len, full);
+            self.walk = Some(walk);
+            self.say(step, ctx);
+        }
+    }
+}
+
+impl Drop for Differ {
+    /// Also after a panic, which ends this actor and nothing else.
+    fn drop(&mut self) {
+        if !self.told {
+            self.middleman.do_send(Reply::WalkFailed(self.diff));
+        }
+    }
+}
+
+impl Handler<Answered> for Differ {
+    type Result = ();
+
+    fn handle(&mut self, Answered(answer): Answered, ctx: &mut Context<Self>) {
+        match self.walk.as_mut().map(|walk| walk.handle_answer(&answer)) {
+            Some(Ok(step)) => self.say(step, ctx),
+            Some(Err(error)) => {
+                self.told = true;
+                self.middleman.do_send(Reply::BadAnswer(self.diff, error));
+                ctx.stop();
+            }
+            None => ctx.stop(),
+        }
+    }
+}
+
+impl Handler<Abandon> for Differ {
+    type Result = ();
+
+    fn handle(&mut self, _: Abandon, ctx: &mut Context<Self>) {
+        self.told = true;
+        ctx.stop();
+    }
+}

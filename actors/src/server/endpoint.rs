@@ -1,0 +1,136 @@
+//! Starts a Server on its arbiters, and a Middleman for every connection that comes.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use actix::prelude::*;
+use actix_rt::ArbiterHandle;
+use tablecast_protocol::{FollowerId, Table};
+use tokio_util::sync::CancellationToken;
+use tracing::{debug, warn};
+
+use super::middleman::{Middleman, Shared};
+use super::{Await, Server};
+use crate::access::{Incoming, Listener};
+use crate::config::ServerConfig;
+
+/// How long the listener waits after an accept that failed: out of files, most of all.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+
+/// Where a server's actors live.
+#[derive(Clone, Debug)]
+pub struct Arbiters {
+    /// The Server alone.
+    pub server: ArbiterHandle,
+    /// Connections, spread evenly. At least one.
+    pub connections: Vec<ArbiterHandle>,
+    /// Differs. At least one.
+    pub differs: Vec<ArbiterHandle>,
+}
+
+/// A Server and what is needed to let followers in.
+#[derive(Clone, Debug)]
+pub struct Endpoint {
+    server: Addr<Server>,
+    shared: Shared,
+    connections: Arc<[ArbiterHandle]>,
+    next: Arc<AtomicU64>,
+    stopping: CancellationToken,
+}
+
+impl Endpoint {
+    /// Starts a Server of this table.
+    ///
+    /// ```
+    /// use actix::prelude::*;
+    /// use tablecast_actors::server::{Arbiters, Endpoint, GetStatus};
+    /// use tablecast_actors::{ServerConfig, access::memory};
+    /// use tablecast_actors::protocol::{Limits, MemoryStore, Table};
+    ///
+    /// System::new().block_on(async {
+    ///     let here = Arbiter::current();
+    ///     let table = Table::open(MemoryStore::new(), Limits::default()).unwrap();
+    ///     let arbiters = Arbiters {
+    ///         server: here.clone(),
+    ///         connections: vec![here.clone()],
+    ///         differs: vec![here],
+    ///     };
+    ///     let endpoint = Endpoint::start(table, ServerConfig::default(), &arbiters);
+    ///     endpoint.listen(memory::pair().0);
+    ///     assert_eq!(endpoint.server().send(GetStatus).await.unwrap().keys, 0);
+    /// });
+    /// ```
+    pub fn start(table: Table, config: ServerConfig, arbiters: &Arbiters) -> Self {
+        let server = Server::new(table, config.clone());
+        let log = server.log();
+        let server = Server::start_in_arbiter(&arbiters.server, move |_| server);
+        let differs = arbiters.differs.as_slice().into();
+        let shared = Shared { config: Arc::new(config), server: server.clone(), log, differs };
+        Self {
+            server,
+            shared,
+            connections: arbiters.connections.as_slice().into(),
+            next: Arc::new(AtomicU64::new(1)),
+            stopping: CancellationToken::new(),
+        }
+    }
+
+    /// The Server, to be sent messages.
+    pub fn server(&self) -> &Addr<Server> {
+        &self.server
+    }
+
+    /// Accepts connections from here on, as soon as the server is ready.
+    pub fn listen(&self, listener: impl Listener) {
+        if let Some(arbiter) = self.connections.first() {
+            let this = self.clone();
+            let stopping = self.stopping.clone();
+            arbiter.spawn(async move {
+                tokio::select! {
+                    biased;
+                    () = stopping.cancelled() => {}
+                    () = this.accept(listener) => {}
+                }
+            });
+        }
+    }
+
+    /// Accepts no more connections.
+    pub fn close(&self) {
+        self.stopping.cancel();
+    }
+
+    async fn accept(self, mut listener: impl Listener) {
+        if !matches!(self.server.send(Await).await, Ok(Some(_))) {
+            return;
+        }
+        loop {
+            match listener.accept().await {
+                Ok(incoming) => self.serve(incoming),
+                Err(error) => {
+                    warn!(address = listener.address(), %error, "cannot accept");
+                    tokio::time::sleep(ACCEPT_PAUSE).await;
+                }
+            }
+        }
+    }
+
+    fn serve(&self, incoming: Incoming) {
+        let number = self.next.fetch_add(1, Ordering::Relaxed);
+        let arbiters = &self.connections;
+        let index = usize::try_from(number).unwrap_or(0) % arbiters.len().max(1);
+        let Some(arbiter) = arbiters.get(index) else { return };
+        let shared = self.shared.clone();
+        arbiter.spawn_fn(move || {
+            let address = incoming.peer.clone();
+            debug!(follower = number, address, "connected");
+            match incoming.open() {
+                Ok(stream) => {
+                    Middleman::new(shared, FollowerId(number), stream, address).start();
+                }
+                Err(error) => warn!(address, %error, "cannot open the connection"),
+            }
+        });
+    }
+}

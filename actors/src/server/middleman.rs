@@ -1,0 +1,412 @@
+//! A Middleman of the server: one connection, its session, and the only writer of its socket.
+//!
+//! The listener starts it for every connection that is accepted. It asks the Server for what the
+//! session wants, starts a Differ for each diff, and ends with the connection; its end, a panic
+//! included, is told to the Server as it is dropped.
+//!
+//! All input and output is one permanent future (`Pump`) that runs whenever the mailbox has been
+//! emptied or the socket is ready: it reads what came, lets the session decide what goes out, and
+//! writes as much in one call as the socket takes. No handler touches the socket. Timers and
+//! futures of this actor come through the mailbox too, or the pump would not run behind them.
+
+use std::fmt;
+use std::pin::Pin;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::task::{self, Poll};
+use std::time::Duration;
+
+use actix::prelude::*;
+use actix_rt::ArbiterHandle;
+use tablecast_protocol::diff::Step;
+use tablecast_protocol::server::{Event, Session, Transmit};
+use tablecast_protocol::{
+    DiffId, FollowerId, Hash, Position, ProtocolError, Reason, Revision, ToServer, Tree, Values,
+    wire,
+};
+use tokio::time::Instant;
+use tracing::{debug, info, warn};
+
+use super::differ::{Abandon, Answered, Differ, Order};
+use super::{Ask, Connect, FollowerStatus, Gone, Question, Server, SharedLog, root_of};
+use crate::access::Stream;
+use crate::access::codec::Framed;
+use crate::config::ServerConfig;
+use crate::error::AccessError;
+
+/// How long a connection that is to end may take to send its last words.
+const LAST_WORDS: Duration = Duration::from_secs(1);
+
+/// How many frames are read, and how often everything that is pending is written, before others on this
+/// arbiter have their turn.
+const TURNS: usize = 32;
+
+/// What the Server, the Differ or the clock says.
+#[derive(Debug, Message)]
+#[rtype(result = "()")]
+pub(crate) enum Reply {
+    /// The log grew. The pump looks at it.
+    Grown,
+    /// It is time to look at the clock.
+    Timeout,
+    Subscribed(Position),
+    Admitted(DiffId),
+    Busy(DiffId),
+    Snapshot(DiffId, Tree),
+    Values(DiffId, Values),
+    Marked(DiffId, Revision, Tree),
+    Step(DiffId, Step),
+    WalkFailed(DiffId),
+    BadAnswer(DiffId, ProtocolError),
+    Root(Revision, Option<Hash>),
+    Close(Reason, String),
+}
+
+/// What all Middlemen of a server share.
+#[derive(Clone, Debug)]
+pub(crate) struct Shared {
+    pub(crate) config: Arc<ServerConfig>,
+    pub(crate) server: Addr<Server>,
+    pub(crate) log: SharedLog,
+    /// Where Differs run.
+    pub(crate) differs: Arc<[ArbiterHandle]>,
+}
+
+/// The actor.
+pub struct Middleman {
+    shared: Shared,
+    follower: FollowerId,
+    session: Session,
+    framed: Framed,
+    /// The Server does not wake us while this is set; cleared before the log is read.
+    woken: Arc<AtomicBool>,
+    status: Arc<Mutex<FollowerStatus>>,
+    differ: Option<Addr<Differ>>,
+    /// What the session's time is counted from.
+    born: Instant,
+    /// To be closed when everything is written, by then at the latest.
+    closing: Option<Instant>,
+    timer: Option<SpawnHandle>,
+}
+
+impl Middleman {
+    pub(crate) fn new(
+        shared: Shared,
+        follower: FollowerId,
+        stream: Box<dyn Stream>,
+        address: String,
+    ) -> Self {
+        let session = Session::new(shared.config.session, follower, Duration::ZERO);
+        let status = FollowerStatus { id: follower.0, address, ..FollowerStatus::default() };
+        Self {
+            framed: Framed::new(stream, session.max_frame_bytes()),
+            shared,
+            follower,
+            session,
+            woken: Arc::new(AtomicBool::new(false)),
+            status: Arc::new(Mutex::new(status)),
+            differ: None,
+            born: Instant::now(),
+            closing: None,
+            timer: None,
+        }
+    }
+
+    fn now(&self) -> Duration {
+        self.born.elapsed()
+    }
+
+    fn ask(&self, diff: DiffId, question: Question) {
+        self.shared.server.do_send(Ask { follower: self.follower, diff, question });
+    }
+
+    fn update_status(&self, update: impl FnOnce(&mut FollowerStatus)) {
+        update(&mut self.status.lock().unwrap_or_else(PoisonError::into_inner));
+    }
+
+    /// Does what the session says.
+    fn drive(&mut self, ctx: &mut Context<Self>) {
+        while let Some(event) = self.session.poll_event() {
+            match event {
+                Event::Subscribe { name, .. } => self.subscribe(name, ctx),
+                Event::Admit(diff) => self.ask(diff, Question::Admit),
+                Event::Snapshot(diff) => self.ask(diff, Question::Snapshot),
+                Event::Walk { diff, tree, root, len, full } => {
+                    self.start_differ(Order { diff, tree, root, len, full }, ctx);
+                }
+                Event::Answer(_, answer) => {
+                    if let Some(differ) = &self.differ {
+                        differ.do_send(Answered(answer));
+                    }
+                }
+                Event::Read { diff, found, from, max_bytes } => {
+                    self.ask(diff, Question::Read { found, from, max_bytes });
+                }
+                Event::Mark(diff) => self.ask(diff, Question::Mark),
+                Event::EndDiff { diff, aborted } => {
+                    self.abandon();
+                    self.ask(diff, Question::End);
+                    match aborted {
+                        Some(reason) => debug!(follower = self.follower.0, %reason, "diff ended"),
+                        None => self.update_status(|status| status.diffs += 1),
+                    }
+                }
+                Event::Root(revision, tree) => {
+                    let this = ctx.address();
+                    let root = async move {
+                        this.do_send(Reply::Root(revision, root_of(tree).await));
+                    };
+                    ctx.spawn(root.into_actor(self));
+                }
+                Event::Verified { revision, equal } => {
+                    if !equal {
+                        warn!(follower = self.follower.0, %revision, "the follower differs");
+                    }
+                    self.update_status(|status| status.verified = Some((revision, equal)));
+                }
+                Event::FellBehind(revision) => {
+                    info!(follower = self.follower.0, %revision, "the follower fell behind");
+                }
+                Event::Close(close) => {
+                    info!(follower = self.follower.0, %close, "connection ends");
+                    self.close(ctx);
+                }
+            }
+        }
+        self.framed.set_max_frame_bytes(self.session.max_frame_bytes());
+    }
+
+    fn subscribe(&self, name: String, ctx: &Context<Self>) {
+        self.update_status(|status| status.name = name);
+        self.shared.server.do_send(Connect {
+            follower: self.follower,
+            middleman: ctx.address(),
+            woken: Arc::clone(&self.woken),
+            status: Arc::clone(&self.status),
+        });
+    }
+
+    fn start_differ(&mut self, order: Order, ctx: &Context<Self>) {
+        let arbiters = &self.shared.differs;
+        let number = self.follower.0 as usize;
+        if let Some(arbiter) = arbiters.get(number % arbiters.len().max(1)) {
+            let middleman = ctx.address();
+            let start = move |_: &mut Context<Differ>| Differ::new(order, middleman);
+            self.differ = Some(Differ::start_in_arbiter(arbiter, start));
+        }
+    }
+
+    fn abandon(&mut self) {
+        if let Some(differ) = self.differ.take() {
+            differ.do_send(Abandon);
+        }
+    }
+
+    /// The session is closed: what it still has to say goes out, then the socket is closed.
+    fn close(&mut self, ctx: &mut Context<Self>) {
+        self.abandon();
+        if self.closing.is_none() {
+            self.closing = Some(Instant::now() + LAST_WORDS);
+            ctx.run_later(LAST_WORDS, |_, ctx| ctx.stop());
+        }
+    }
+
+    fn fail(&self, error: &AccessError, ctx: &mut Context<Self>) {
+        info!(follower = self.follower.0, %error, "connection ends");
+        ctx.stop();
+    }
+
+    fn set_timer(&mut self, ctx: &mut Context<Self>) {
+        if let Some(timer) = self.timer.take() {
+            ctx.cancel_future(timer);
+        }
+        if let Some(at) = self.session.poll_timeout() {
+            // The session is right about when; a little later never is too early.
+            let wait = at.saturating_sub(self.now()) + Duration::from_millis(1);
+            self.timer = Some(ctx.run_later(wait, |middleman, ctx| {
+                middleman.timer = None;
+                ctx.address().do_send(Reply::Timeout);
+            }));
+        }
+    }
+
+    /// Reads what came. `Ok(true)` if there may be more.
+    fn read(
+        &mut self,
+        ctx: &mut Context<Self>,
+        cx: &mut task::Context<'_>,
+    ) -> Result<bool, AccessError> {
+        let before = self.framed.received;
+        for _ in 0..TURNS {
+            if self.closing.is_some() || !self.session.wants_input() {
+                return Ok(false);
+            }
+            let Poll::Ready(frame) = self.framed.poll_frame(cx) else {
+                if self.framed.received > before {
+                    self.session.handle_heard(self.now());
+                }
+                return Ok(false);
+            };
+            let frame = match frame {
+                Ok(Some(frame)) => frame,
+                Ok(None) => return Err(AccessError::Closed),
+                Err(error @ AccessError::FrameTooLong { .. }) => {
+                    self.session.handle_close(Reason::Protocol, error.to_string());
+                    self.drive(ctx);
+                    return Ok(false);
+                }
+                Err(error) => return Err(error),
+            };
+            let limits = &self.shared.config.session.limits;
+            match wire::decode::<ToServer>(&frame, limits) {
+                Ok(message) => self.session.handle_message(message, self.now()),
+                Err(error) => self.session.handle_malformed(&error),
+            }
+            self.drive(ctx);
+        }
+        Ok(true)
+    }
+
+    /// Takes from the session what is to be written next, up to one flush.
+    fn fill(&mut self, ctx: &mut Context<Self>) {
+        let room = self.shared.config.flush_bytes;
+        let mut messages = Vec::new();
+        // Cleared first: what the Server appends from here on wakes us again.
+        self.woken.store(false, Ordering::Release);
+        {
+            let log = self.shared.log.lock();
+            while self.framed.queued() < room {
+                match self.session.poll_transmit(&log) {
+                    Some(Transmit::Live(frame)) => self.framed.queue(frame),
+                    Some(Transmit::Message(message)) => {
+                        // Encoded without the lock, so what follows it must wait.
+                        messages.push(message);
+                        break;
+                    }
+                    None => break,
+                }
+            }
+        }
+        messages.iter().for_each(|message| self.framed.queue(wire::encode(message)));
+        self.drive(ctx);
+    }
+
+    fn pump(
+        &mut self,
+        ctx: &mut Context<Self>,
+        cx: &mut task::Context<'_>,
+    ) -> Result<(), AccessError> {
+        let mut more = self.read(ctx, cx)?;
+        for turn in 0.. {
+            self.fill(ctx);
+            if self.framed.queued() == 0 {
+                break;
+            }
+            match self.framed.poll_flush(cx) {
+                Poll::Ready(result) => result?,
+                Poll::Pending => break,
+            }
+            if turn == TURNS {
+                more = true;
+                break;
+            }
+        }
+        if self.closing.is_some() && self.framed.queued() == 0 {
+            // The peer is told that this is the end; whether it listens does not matter.
+            if self.framed.poll_shutdown(cx).is_ready() {
+                ctx.stop();
+            }
+        } else if more {
+            cx.waker().wake_by_ref();
+        }
+        let Self { session, framed, .. } = &*self;
+        self.update_status(|status| {
+            status.state = session.state();
+            status.sent = session.sent();
+            status.jumps = session.jumps();
+            status.bytes_sent = framed.sent;
+            status.bytes_received = framed.received;
+        });
+        Ok(())
+    }
+}
+
+impl fmt::Debug for Middleman {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Middleman")
+            .field("follower", &self.follower)
+            .field("state", &self.session.state())
+            .finish_non_exhaustive()
+    }
+}
+
+impl Actor for Middleman {
+    type Context = Context<Self>;
+
+    fn started(&mut self, ctx: &mut Context<Self>) {
+        ctx.spawn(Pump);
+        self.set_timer(ctx);
+        let limit = self.shared.config.handshake_timeout;
+        ctx.run_later(limit, move |middleman, ctx| {
+            if matches!(middleman.session.state(), "Hello" | "Subscribing") {
+                let error =
+                    AccessError::Timeout { what: "handshake", seconds: limit.as_secs_f32() };
+                ctx.address().do_send(Reply::Close(Reason::Silent, error.to_string()));
+            }
+        });
+    }
+}
+
+impl Drop for Middleman {
+    /// Also after a panic, which ends this connection and nothing else.
+    fn drop(&mut self) {
+        self.abandon();
+        self.shared.server.do_send(Gone(self.follower));
+    }
+}
+
+struct Pump;
+
+impl ActorFuture<Middleman> for Pump {
+    type Output = ();
+
+    fn poll(
+        self: Pin<&mut Self>,
+        middleman: &mut Middleman,
+        ctx: &mut Context<Middleman>,
+        cx: &mut task::Context<'_>,
+    ) -> Poll<()> {
+        if let Err(error) = middleman.pump(ctx, cx) {
+            middleman.fail(&error, ctx);
+        }
+        Poll::Pending
+    }
+}
+
+impl Handler<Reply> for Middleman {
+    type Result = ();
+
+    fn handle(&mut self, reply: Reply, ctx: &mut Context<Self>) {
+        let session = &mut self.session;
+        match reply {
+            Reply::Grown => return,
+            Reply::Timeout => {
+                session.handle_timeout(self.born.elapsed());
+                self.set_timer(ctx);
+            }
+            Reply::Subscribed(at) => session.handle_subscribed(at),
+            Reply::Admitted(diff) => session.handle_admitted(diff),
+            Reply::Busy(diff) => session.handle_busy(diff),
+            Reply::Snapshot(diff, tree) => session.handle_snapshot(diff, tree),
+            Reply::Values(diff, values) => session.handle_values(diff, values),
+            Reply::Marked(diff, revision, tree) => session.handle_mark(diff, revision, tree),
+            Reply::Step(diff, step) => session.handle_step(diff, step),
+            Reply::WalkFailed(diff) => session.handle_walk_failed(diff),
+            Reply::BadAnswer(diff, error) => session.handle_bad_answer(diff, &error),
+            Reply::Root(revision, Some(root)) => session.handle_root(revision, root),
+            Reply::Root(_, None) => session.handle_close(Reason::Failed, "no root"),
+            Reply::Close(reason, text) => session.handle_close(reason, text),
+        }
+        self.drive(ctx);
+    }
+}

@@ -1,0 +1,1024 @@
+//! Every state x every message, at both ends, against the tables in docs/protocol.md; and what is
+//! accepted by its name but closes by what it says.
+//!
+//! A state of the tables has several inner ones (a query is out or not, a repair is on its way or not), so
+//! sessions are brought to *stages*, several of which have one state. A message fits a stage if
+//! somebody waits for it there: it is built so that all it says is right.
+
+use std::time::Duration;
+
+use tablecast_protocol::client::{self, NotNow, Output, RootOf};
+use tablecast_protocol::diff::{Answer, Query, Walk, Widths, answer};
+use tablecast_protocol::server::{self, Close, Event, SessionConfig, Transmit};
+use tablecast_protocol::wire::{Changes, Message, Raw, VERSION};
+use tablecast_protocol::{
+    AbortReason, Chain, ChainTag, Change, DecodeError, DiffId, Digest, Epoch, FollowerId,
+    HeartbeatConfig, Limits, Log, MemoryStore, Position, Reason, Revision, Table, ToClient,
+    ToServer, Tree,
+};
+
+const PAGE: &str = include_str!("../../../docs/protocol.md");
+const SERVER: &str = include_str!("../../src/server.rs");
+const CLIENT: &str = include_str!("../../src/client.rs");
+
+/// All that happens here happens at once, so that a session that ignored something is equal to what
+/// it was.
+const NOW: Duration = Duration::ZERO;
+
+// The tables.
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Cell {
+    Accept,
+    Ignore,
+    Close,
+}
+
+/// The lines of the table of states and messages behind `heading`.
+fn lines<'a>(text: &'a str, heading: &str) -> Vec<&'a str> {
+    let (_, text) = text.split_once(heading).expect("the page has the heading");
+    let lines = text.lines().skip_while(|line| !line.starts_with("| state \\ message |"));
+    lines.take_while(|line| line.starts_with('|')).collect()
+}
+
+fn cells(line: &str) -> Vec<&str> {
+    line.trim_matches('|').split('|').map(|cell| cell.trim().trim_matches('`')).collect()
+}
+
+/// State, message and what happens then.
+fn table(heading: &str) -> Vec<(&'static str, &'static str, Cell)> {
+    let lines = lines(PAGE, heading);
+    let messages = cells(lines[0]);
+    let mut table = Vec::new();
+    for line in &lines[2..] {
+        let row = cells(line);
+        assert_eq!(row.len(), messages.len(), "{line}");
+        for (message, cell) in messages.iter().zip(&row).skip(1) {
+            let cell = match *cell {
+                "accept" => Cell::Accept,
+                "ignore" => Cell::Ignore,
+                "close" => Cell::Close,
+                other => panic!("{other} in {line}"),
+            };
+            table.push((row[0], *message, cell));
+        }
+    }
+    table
+}
+
+fn check_columns(heading: &str, tags: &[(u8, &str)]) {
+    let columns = cells(lines(PAGE, heading)[0]);
+    let mut columns: Vec<_> = columns.into_iter().skip(1).collect();
+    let mut names: Vec<_> = tags.iter().map(|(_, name)| *name).collect();
+    columns.sort_unstable();
+    names.sort_unstable();
+    assert_eq!(columns, names, "a column for every message");
+}
+
+#[test]
+fn the_tables_of_the_sources_are_those_of_the_page() {
+    for (source, heading) in [(SERVER, SERVER_END), (CLIENT, CLIENT_END)] {
+        let docs = source.lines().map_while(|line| line.strip_prefix("//!"));
+        let docs: String = docs.flat_map(|line| [line.trim_start(), "\n"]).collect();
+        assert_eq!(lines(&docs, ""), lines(PAGE, heading));
+    }
+    check_columns(SERVER_END, ToServer::TAGS);
+    check_columns(CLIENT_END, ToClient::TAGS);
+}
+
+const SERVER_END: &str = "\n### The server's end\n";
+const CLIENT_END: &str = "\n### The client's end\n";
+
+// The server's end.
+
+const DIFF: DiffId = DiffId(1);
+const NEXT_DIFF: DiffId = DiffId(2);
+
+fn epoch() -> Epoch {
+    Epoch::from_bytes([7; 16])
+}
+
+/// A session with the table and log that it serves, and what happened to it since last asked.
+#[derive(Clone)]
+struct ServerEnd {
+    session: server::Session,
+    log: Log,
+    events: Vec<Event>,
+    sent: Vec<ToClient>,
+}
+
+fn server_tree() -> Tree {
+    Tree::build([("a", "1"), ("b", "2")])
+}
+
+/// Lacks `b` and has `c` too many.
+fn follower_tree() -> Tree {
+    Tree::build([("a", "1"), ("c", "3")])
+}
+
+fn server_table() -> Table {
+    let store: MemoryStore = [("a", "1"), ("b", "2")]
+        .map(|(key, value)| (key.into(), value.into()))
+        .into_iter()
+        .collect();
+    let mut table = Table::open(store, Limits::default()).unwrap();
+    table.ready(epoch());
+    table
+}
+
+impl ServerEnd {
+    fn new() -> Self {
+        let session = server::Session::new(SessionConfig::default(), FollowerId(1), NOW);
+        let log = Log::new(1 << 20, Revision::ZERO, Chain::START);
+        Self { session, log, events: Vec::new(), sent: Vec::new() }
+    }
+
+    /// Does to the session, then takes what comes of it.
+    fn act(&mut self, act: impl FnOnce(&mut server::Session)) -> &mut Self {
+        act(&mut self.session);
+        self.events.clear();
+        self.sent.clear();
+        while let Some(transmit) = self.session.poll_transmit(&self.log) {
+            match transmit {
+                Transmit::Message(message) => self.sent.push(message),
+                Transmit::Live(_) => panic!("nothing was written"),
+            }
+        }
+        self.events.extend(std::iter::from_fn(|| self.session.poll_event()));
+        self
+    }
+
+    fn message(&mut self, message: ToServer) -> &mut Self {
+        self.act(|session| session.handle_message(message, NOW))
+    }
+
+    fn closed(&self) -> Option<(Reason, &str)> {
+        self.events.iter().find_map(|event| match event {
+            Event::Close(Close::Here { reason, text }) => Some((*reason, text.as_str())),
+            _ => None,
+        })
+    }
+
+    /// Closed by this end, which said so to the peer: `Refuse` before `Welcome`, `Farewell` after.
+    fn closes(&self, before: &Self, why: &str) -> String {
+        assert_eq!(self.session.state(), "Closed", "{why}");
+        let (reason, text) = self.closed().unwrap_or_else(|| panic!("{why}: no event"));
+        let early = matches!(before.session.state(), "Hello" | "Subscribing");
+        let said = match self.sent.as_slice() {
+            [ToClient::Refuse { reason, text }] if early => (*reason, text.as_str()),
+            [ToClient::Farewell { reason, text }] if !early => (*reason, text.as_str()),
+            other => panic!("{why}: says {other:?}"),
+        };
+        assert_eq!(said, (reason, text), "{why}");
+        assert_eq!(reason, Reason::Protocol, "{why}");
+        text.to_owned()
+    }
+}
+
+/// Each stage with its name; a diff is followed from the first to the last.
+fn server_stages() -> Vec<(&'static str, ServerEnd)> {
+    let mut stages = Vec::new();
+    let mut end = ServerEnd::new();
+    let mut table = server_table();
+    stages.push(("hello", end.clone()));
+
+    end.message(ToServer::hello("", &Limits::default(), None));
+    assert!(matches!(end.events[..], [Event::Subscribe { .. }]));
+    stages.push(("subscribing", end.clone()));
+
+    end.act(|session| session.handle_subscribed(table.position().unwrap()));
+    assert!(matches!(end.sent[..], [ToClient::Welcome { .. }]));
+    stages.push(("relay", end.clone()));
+
+    end.message(sync_req(DIFF));
+    assert_eq!(end.events, [Event::Admit(DIFF)]);
+    stages.push(("queued", end.clone()));
+
+    end.act(|session| session.handle_admitted(DIFF));
+    assert_eq!(end.sent, [ToClient::SyncStart { diff: DIFF }]);
+    stages.push(("snapshot", end.clone()));
+
+    end.act(|session| session.handle_snapshot(DIFF, server_tree()));
+    let [Event::Walk { tree, root, len, full, .. }] = &end.events[..] else { panic!() };
+    let (mut walk, step) = Walk::new(tree.clone(), *root, *len, *full);
+    stages.push(("walk", end.clone()));
+
+    end.act(|session| session.handle_step(DIFF, step));
+    assert_eq!(end.sent, [ToClient::SyncRequest { diff: DIFF, query: query() }]);
+    stages.push(("asked", end.clone()));
+    let mut aborted = end.clone();
+    aborted.act(|session| session.handle_walk_failed(DIFF));
+    assert_eq!(aborted.sent, [ToClient::SyncAbort { diff: DIFF, reason: AbortReason::Walk }]);
+    stages.push(("aborted", aborted));
+
+    end.message(ToServer::SyncResponse { diff: DIFF, answer: Raw(an_answer()) });
+    assert_eq!(end.events, [Event::Answer(DIFF, an_answer())]);
+    stages.push(("answered", end.clone()));
+
+    let step = walk.handle_answer(&an_answer()).unwrap();
+    end.act(|session| session.handle_step(DIFF, step));
+    assert_eq!(end.sent, [ToClient::SyncSeq { diff: DIFF, writes: 1, deletes: 1 }]);
+    stages.push(("reading", end.clone()));
+
+    let [Event::Read { found, from, max_bytes, .. }] = &end.events[..] else { panic!() };
+    let values = table.read(found, *from, *max_bytes);
+    end.act(|session| session.handle_values(DIFF, values));
+    assert!(matches!(end.sent[..], [ToClient::Repair { .. }]));
+    assert_eq!(end.events, [Event::Mark(DIFF)]);
+    stages.push(("repaired", end.clone()));
+
+    end.log.mark(FollowerId(1), DIFF);
+    end.act(|session| session.handle_mark(DIFF, Revision::ZERO, server_tree()));
+    assert!(matches!(end.sent[..], [ToClient::SyncDone { suppressed: 0, failed: 0, .. }]));
+    stages.push(("done", end.clone()));
+
+    end.act(|session| session.handle_root(Revision::ZERO, server_tree().root()));
+    assert!(matches!(end.sent[..], [ToClient::Verify { revision: Revision::ZERO, .. }]));
+    stages.push(("verifying", end.clone()));
+
+    let mut again = end.clone();
+    again.message(sync_req(NEXT_DIFF));
+    stages.push(("queued while verifying", again));
+
+    end.act(|session| session.handle_close(Reason::Stopping, ""));
+    assert!(matches!(end.sent[..], [ToClient::Farewell { reason: Reason::Stopping, .. }]));
+    stages.push(("closed", end));
+    stages
+}
+
+fn sync_req(diff: DiffId) -> ToServer {
+    let tree = follower_tree();
+    ToServer::SyncReq { diff, jumps: 0, full: false, root: tree.root(), len: tree.len() as u64 }
+}
+
+fn query() -> Query {
+    let nodes = bytes::Bytes::new();
+    Query { depth: 0, levels: 1, small: 32, widths: Widths::SHORT, nodes }
+}
+
+fn an_answer() -> Answer {
+    answer(&follower_tree(), &query(), 1 << 20).unwrap()
+}
+
+fn to_server(message: &str) -> ToServer {
+    match message {
+        "Hello" => ToServer::hello("", &Limits::default(), None),
+        "SyncReq" => sync_req(DiffId(3)),
+        "SyncResponse" => ToServer::SyncResponse { diff: DIFF, answer: Raw(an_answer()) },
+        "RepairAck" => ToServer::RepairAck { diff: DIFF, failed: 0 },
+        "Verified" => ToServer::Verified { revision: Revision::ZERO, root: server_tree().root() },
+        "Ping" => ToServer::Ping {},
+        "Pong" => ToServer::Pong {},
+        "Farewell" => ToServer::Farewell { reason: Reason::Stopping, text: "bye".to_owned() },
+        other => panic!("{other} is no message"),
+    }
+}
+
+/// Whether the server waits for what [`to_server`] makes.
+fn fits_server(stage: &str, message: &str) -> bool {
+    match message {
+        "SyncResponse" => {
+            ["asked", "aborted", "done", "verifying", "queued while verifying"].contains(&stage)
+        }
+        "RepairAck" => ["repaired", "done", "verifying", "queued while verifying"].contains(&stage),
+        "Verified" => ["verifying", "queued while verifying"].contains(&stage),
+        _ => true,
+    }
+}
+
+#[test]
+fn the_server_obeys_its_table() {
+    let stages = server_stages();
+    for (state, message, cell) in table(SERVER_END) {
+        let mut fitted = 0;
+        let here = stages.iter().filter(|(_, end)| end.session.state() == state);
+        for (stage, before) in here {
+            let why = format!("{message} in {state}, {stage}: {cell:?}");
+            let mut end = before.clone();
+            end.message(to_server(message));
+            let fits = fits_server(stage, message);
+            match cell {
+                Cell::Ignore if fits || state == "Closed" => {
+                    fitted += 1;
+                    assert_eq!(end.session, before.session, "{why}");
+                    assert_eq!((end.events, end.sent), (vec![], vec![]), "{why}");
+                }
+                Cell::Accept if fits && message == "Farewell" => {
+                    fitted += 1;
+                    assert_eq!(end.session.state(), "Closed", "{why}");
+                    let (reason, text) = (Reason::Stopping, "bye".to_owned());
+                    assert_eq!(end.events, [Event::Close(Close::Peer { reason, text })], "{why}");
+                    assert_eq!(end.sent, [], "{why}");
+                }
+                Cell::Accept if fits => {
+                    fitted += 1;
+                    assert_ne!(end.session.state(), "Closed", "{why}");
+                    assert_eq!(end.closed(), None, "{why}");
+                }
+                Cell::Close | Cell::Accept | Cell::Ignore => {
+                    end.closes(before, &why);
+                }
+            }
+        }
+        assert!(cell == Cell::Close || fitted > 0, "{message} is never waited for in {state}");
+    }
+}
+
+fn server_stage(name: &str) -> ServerEnd {
+    let found = server_stages().into_iter().find(|(stage, _)| *stage == name);
+    found.unwrap_or_else(|| panic!("{name} is no stage")).1
+}
+
+/// The text with which the server closes.
+fn server_closes(stage: &str, message: ToServer) -> String {
+    let before = server_stage(stage);
+    let mut end = before.clone();
+    let why = format!("{} in {stage}", message.name());
+    end.message(message).closes(&before, &why)
+}
+
+#[test]
+fn the_server_closes_on_an_acknowledgement_of_nothing() {
+    let ack = || ToServer::RepairAck { diff: DIFF, failed: 0 };
+    assert_eq!(server_closes("relay", ack()), "RepairAck must not come in state Relay");
+    let mut end = server_stage("done");
+    end.message(ack());
+    assert_eq!(end.session.state(), "Relay");
+    let before = end.clone();
+    end.message(ack()).closes(&before, "the second of one repair");
+}
+
+#[test]
+fn the_server_closes_on_verified_of_no_mark() {
+    let verified = |revision| ToServer::Verified { revision, root: server_tree().root() };
+    server_closes("relay", verified(Revision::ZERO));
+    server_closes("done", verified(Revision::ZERO));
+    server_closes("verifying", verified(Revision(1)));
+    let mut end = server_stage("verifying");
+    end.message(verified(Revision::ZERO));
+    let equal = Event::Verified { revision: Revision::ZERO, equal: true };
+    assert_eq!(end.events, [equal]);
+    let before = end.clone();
+    end.message(verified(Revision::ZERO)).closes(&before, "the second of one mark");
+}
+
+#[test]
+fn the_server_says_whether_the_roots_are_equal() {
+    let mut end = server_stage("verifying");
+    end.message(ToServer::Verified { revision: Revision::ZERO, root: follower_tree().root() });
+    assert_eq!(end.events, [Event::Verified { revision: Revision::ZERO, equal: false }]);
+    assert_eq!(end.session.state(), "Relay");
+}
+
+#[test]
+fn the_server_closes_on_a_diff_number_used_before() {
+    for stage in ["aborted", "done", "verifying"] {
+        server_closes(stage, sync_req(DIFF));
+        server_closes(stage, sync_req(DiffId(0)));
+        assert_eq!(server_stage(stage).message(sync_req(DiffId(9))).session.state(), "Diff");
+    }
+    // A number is used up by a diff that was refused, too.
+    let mut end = server_stage("relay");
+    let ToServer::SyncReq { diff, full, root, len, .. } = sync_req(DIFF) else { panic!() };
+    end.message(ToServer::SyncReq { diff, jumps: 1, full, root, len });
+    assert_eq!(end.sent, [ToClient::SyncAbort { diff, reason: AbortReason::Stale }]);
+    assert_eq!(end.session.state(), "Relay");
+    let before = end.clone();
+    end.message(sync_req(DIFF)).closes(&before, "the number of a refused diff");
+}
+
+#[test]
+fn the_server_closes_on_an_answer_that_nobody_asked_for() {
+    let of = |diff| ToServer::SyncResponse { diff, answer: Raw(an_answer()) };
+    // Of this diff, while no query is out; of a later one; of one when there was none.
+    for stage in ["queued", "snapshot", "walk", "answered", "reading", "repaired"] {
+        server_closes(stage, of(DIFF));
+    }
+    server_closes("asked", of(NEXT_DIFF));
+    server_closes("done", of(NEXT_DIFF));
+    server_closes("relay", of(DIFF));
+    let mut end = server_stage("asked");
+    end.message(of(DIFF));
+    let before = end.clone();
+    end.message(of(DIFF)).closes(&before, "the second answer to one query");
+    // Of an earlier diff it is late, not wrong.
+    let mut end = server_stage("queued while verifying");
+    end.message(of(DIFF));
+    assert_eq!((end.session.state(), end.events), ("Diff", vec![]));
+}
+
+#[test]
+fn the_server_closes_on_a_malformed_answer() {
+    let before = server_stage("answered");
+    let mut end = before.clone();
+    let [Event::Answer(..)] = &before.events[..] else { panic!() };
+    let (mut walk, _) = Walk::new(server_tree(), follower_tree().root(), 2, false);
+    let error = walk.handle_answer(&Answer::from_static(&[7])).unwrap_err();
+    end.act(|session| session.handle_bad_answer(DIFF, &error));
+    assert_eq!(end.closes(&before, "a bad answer"), "malformed answer: it is cut off");
+}
+
+#[test]
+fn the_server_refuses_other_versions_trees_and_limits() {
+    let limits = Limits::default();
+    let refused = |message: ToServer| {
+        let mut end = ServerEnd::new();
+        end.message(message);
+        assert_eq!(end.session.state(), "Closed");
+        let (reason, text) = end.closed().unwrap();
+        let text = text.to_owned();
+        assert_eq!(end.sent, [ToClient::Refuse { reason, text: text.clone() }]);
+        (reason, text)
+    };
+    let hello = |version, tree, frame_bytes, key_bytes, value_bytes| ToServer::Hello {
+        version,
+        tree,
+        frame_bytes,
+        key_bytes,
+        value_bytes,
+        name: String::new(),
+        position: None,
+    };
+    let (frame, key, value) =
+        (limits.frame_bytes as u64, limits.key_bytes as u64, limits.value_bytes as u64);
+
+    let (reason, text) = refused(hello(7, 1, frame, key, value));
+    assert_eq!(reason, Reason::Version);
+    assert_eq!(text, format!("peer speaks version 7, this end speaks version {VERSION}"));
+    let (reason, text) = refused(hello(VERSION, 9, frame, key, value));
+    assert_eq!(reason, Reason::Tree);
+    assert_eq!(text, "peer has tree version 9, this end 1");
+    for (frame, key, value) in
+        [(frame - 1, key, value), (frame, key - 1, value), (frame, key, value - 1)]
+    {
+        let (reason, text) = refused(hello(VERSION, 1, frame, key, value));
+        assert_eq!(reason, Reason::Limits);
+        for theirs in [frame, key, value] {
+            assert!(text.contains(&theirs.to_string()), "{text}");
+        }
+    }
+    // The version counts first: what another one means by its fields is unknown.
+    assert_eq!(refused(hello(7, 9, 0, 0, 0)).0, Reason::Version);
+
+    let mut end = ServerEnd::new();
+    end.message(hello(VERSION, 1, frame + 1, key + 1, u64::MAX));
+    assert_eq!(end.session.state(), "Subscribing");
+}
+
+#[test]
+fn frames_that_are_no_message_close() {
+    let version = DecodeError::Version { theirs: 7, ours: VERSION };
+    let malformed = DecodeError::Trailing { bytes: 9 };
+    let mut end = ServerEnd::new();
+    end.act(|session| session.handle_malformed(&version));
+    assert_eq!(end.closed().unwrap().0, Reason::Version);
+    assert!(matches!(end.sent[..], [ToClient::Refuse { reason: Reason::Version, .. }]));
+    for stage in ["hello", "subscribing", "relay", "asked"] {
+        let before = server_stage(stage);
+        let mut end = before.clone();
+        end.act(|session| session.handle_malformed(&malformed));
+        assert_eq!(end.closes(&before, stage), malformed.to_string());
+    }
+
+    let mut end = client_stage("hello");
+    end.act(|session| session.handle_malformed(&version));
+    assert_eq!(end.closed().unwrap().0, Reason::Version);
+    for stage in ["hello", "relay", "diff"] {
+        let mut end = client_stage(stage);
+        end.act(|session| session.handle_malformed(&malformed));
+        assert_eq!(end.closes(stage), malformed.to_string());
+    }
+}
+
+// The client's end.
+
+/// A follower's session, and what came of the last thing that happened to it.
+#[derive(Clone)]
+struct ClientEnd {
+    session: client::Session,
+    outputs: Vec<Output>,
+}
+
+impl ClientEnd {
+    fn new() -> Self {
+        let heartbeat = HeartbeatConfig::default();
+        let session = client::Session::new("", Limits::default(), heartbeat, None, NOW);
+        let mut end = Self { session, outputs: Vec::new() };
+        end.act(|_| {});
+        assert!(matches!(end.outputs[..], [Output::Send(ToServer::Hello { .. })]));
+        end
+    }
+
+    fn act(&mut self, act: impl FnOnce(&mut client::Session)) -> &mut Self {
+        act(&mut self.session);
+        self.outputs = std::iter::from_fn(|| self.session.poll_output()).collect();
+        self
+    }
+
+    fn message(&mut self, message: ToClient) -> &mut Self {
+        self.act(|session| session.handle_message(message, NOW))
+    }
+
+    fn closed(&self) -> Option<(Reason, &str)> {
+        self.outputs.iter().find_map(|output| match output {
+            Output::Close(Close::Here { reason, text }) => Some((*reason, text.as_str())),
+            _ => None,
+        })
+    }
+
+    /// Closed by this end, which said so to the peer, and nothing after.
+    fn closes(&self, why: &str) -> String {
+        assert_eq!(self.session.state(), "Closed", "{why}");
+        let [
+            ..,
+            Output::Send(ToServer::Farewell { reason: said, text: said_text }),
+            Output::Close(Close::Here { reason, text }),
+        ] = &self.outputs[..]
+        else {
+            panic!("{why}: {:?}", self.outputs)
+        };
+        assert_eq!((said, said_text), (reason, text), "{why}");
+        assert_eq!(*reason, Reason::Protocol, "{why}");
+        text.to_owned()
+    }
+
+    fn tag(&self) -> ChainTag {
+        self.session.stream().unwrap().chain.tag()
+    }
+}
+
+/// Where the stream begins.
+const START: Revision = Revision(8);
+
+fn welcome() -> ToClient {
+    welcome_with(VERSION, 1, Limits::default())
+}
+
+fn welcome_with(version: u16, tree: u8, limits: Limits) -> ToClient {
+    ToClient::Welcome {
+        version,
+        tree,
+        epoch: epoch(),
+        revision: START,
+        chain: Chain::START,
+        frame_bytes: limits.frame_bytes as u64,
+        key_bytes: limits.key_bytes as u64,
+        value_bytes: limits.value_bytes as u64,
+    }
+}
+
+fn client_stages() -> Vec<(&'static str, ClientEnd)> {
+    let mut stages = Vec::new();
+    let mut end = ClientEnd::new();
+    stages.push(("hello", end.clone()));
+
+    end.message(welcome());
+    assert!(matches!(end.outputs[..], [Output::Connected(Position { revision: START, .. })]));
+    stages.push(("relay", end.clone()));
+
+    end.act(|session| assert_eq!(session.handle_diff(follower_tree(), false), Ok(DIFF)));
+    assert_eq!(end.outputs, [Output::Root(DIFF, follower_tree())]);
+    stages.push(("preparing", end.clone()));
+
+    end.act(|session| session.handle_root(RootOf::Diff(DIFF), follower_tree().root()));
+    assert_eq!(end.outputs, [Output::Send(sync_req(DIFF))]);
+    stages.push(("waiting", end.clone()));
+
+    end.message(ToClient::SyncStart { diff: DIFF });
+    stages.push(("diff", end.clone()));
+
+    end.message(ToClient::SyncRequest { diff: DIFF, query: query() });
+    assert!(matches!(end.outputs[..], [Output::Answer { diff: DIFF, .. }]));
+    stages.push(("answering", end.clone()));
+
+    end.act(|session| session.handle_answer(DIFF, an_answer()));
+    assert_eq!(end.outputs, [Output::Send(to_server("SyncResponse"))]);
+    stages.push(("answered", end.clone()));
+
+    end.message(ToClient::SyncSeq { diff: DIFF, writes: 1, deletes: 1 });
+    stages.push(("announced", end.clone()));
+
+    let repair = to_client("Repair", &end);
+    end.message(repair);
+    let [Output::Repair { changes, .. }] = &end.outputs[..] else { panic!() };
+    let changes: Vec<_> = changes.iter().map(|(change, _)| change.clone()).collect();
+    assert_eq!(changes, [Change::write("b", "2"), Change::delete("c")]);
+    end.act(|session| session.handle_repaired(DIFF, 0, 0));
+    assert_eq!(end.outputs, [Output::Send(to_server("RepairAck"))]);
+    stages.push(("repaired", end.clone()));
+
+    let done = to_client("SyncDone", &end);
+    end.message(done);
+    assert_eq!(end.outputs, [Output::Mark(START)]);
+    stages.push(("done", end.clone()));
+
+    let mut verified = end.clone();
+    verified.act(|session| session.handle_root(RootOf::Mark(START), server_tree().root()));
+    verified.message(to_client("Verify", &end));
+    assert!(matches!(
+        verified.outputs[..],
+        [Output::Send(ToServer::Verified { revision: START, .. }), Output::DiffDone { .. }]
+    ));
+    stages.push(("verified", verified));
+
+    end.act(|session| session.handle_close(Reason::Stopping, ""));
+    stages.push(("closed", end));
+    stages
+}
+
+/// Right in everything that it says, for a stream that stands where `end` does.
+fn to_client(message: &str, end: &ClientEnd) -> ToClient {
+    let stream = end.session.stream();
+    let (revision, chain) = stream.map_or((START, Chain::START), |at| (at.revision, at.chain));
+    let (reason, text) = (Reason::Stopping, "bye".to_owned());
+    match message {
+        "Welcome" => welcome(),
+        "Refuse" => ToClient::Refuse { reason, text },
+        "Farewell" => ToClient::Farewell { reason, text },
+        "Live" => {
+            let changes = Changes(vec![Change::write("a", "4"), Change::delete("b")]);
+            ToClient::Live { first: revision.next(), before: chain.tag(), changes }
+        }
+        "FellBehind" => {
+            ToClient::FellBehind { jumps: 1, revision: revision.plus(5), chain: Chain::START }
+        }
+        "SyncStart" => ToClient::SyncStart { diff: DIFF },
+        "SyncRequest" => ToClient::SyncRequest { diff: DIFF, query: query() },
+        "SyncSeq" => ToClient::SyncSeq { diff: DIFF, writes: 1, deletes: 1 },
+        "Repair" => repair(vec![Change::write("b", "2")], 6, &prefix_of("c")),
+        "SyncDone" => sync_done(revision, chain.tag()),
+        "SyncAbort" => ToClient::SyncAbort { diff: DIFF, reason: AbortReason::Walk },
+        "Verify" => ToClient::Verify { revision, root: server_tree().root() },
+        "Ping" => ToClient::Ping {},
+        "Pong" => ToClient::Pong {},
+        other => panic!("{other} is no message"),
+    }
+}
+
+fn prefix_of(key: &str) -> Vec<u8> {
+    Digest::of(&Change::delete(key.to_owned())).key.as_bytes()[..6].to_vec()
+}
+
+fn repair(writes: Vec<Change>, prefix_bytes: u8, deletes: &[u8]) -> ToClient {
+    let deletes = Raw(deletes.to_vec().into());
+    ToClient::Repair { diff: DIFF, writes: Changes(writes), prefix_bytes, deletes }
+}
+
+fn sync_done(revision: Revision, chain: ChainTag) -> ToClient {
+    ToClient::SyncDone { diff: DIFF, revision, chain, suppressed: 0, failed: 0 }
+}
+
+/// Whether the client waits for what [`to_client`] makes.
+fn fits_client(stage: &str, message: &str) -> bool {
+    match message {
+        "SyncStart" => stage == "waiting",
+        "SyncRequest" | "SyncSeq" => ["diff", "answered"].contains(&stage),
+        // The one repair that was announced.
+        "Repair" => stage == "announced",
+        "Verify" => stage == "done",
+        _ => true,
+    }
+}
+
+/// What the table accepts and no server can say: no diff begins before the `Verify` of the last.
+const NEVER: [(&str, &str); 3] =
+    [("PreDiff", "Verify"), ("Diff", "Verify"), ("PostDiff", "Verify")];
+
+#[test]
+fn the_client_obeys_its_table() {
+    let stages = client_stages();
+    for (state, message, cell) in table(CLIENT_END) {
+        let mut fitted = 0;
+        let here = stages.iter().filter(|(_, end)| end.session.state() == state);
+        for (stage, before) in here {
+            let why = format!("{message} in {state}, {stage}: {cell:?}");
+            let mut end = before.clone();
+            end.message(to_client(message, before));
+            let fits = fits_client(stage, message);
+            match cell {
+                Cell::Ignore => {
+                    fitted += 1;
+                    assert_eq!(end.session, before.session, "{why}");
+                    assert_eq!(end.outputs, [], "{why}");
+                }
+                Cell::Accept if fits && ["Refuse", "Farewell"].contains(&message) => {
+                    fitted += 1;
+                    assert_eq!(end.session.state(), "Closed", "{why}");
+                    let (reason, text) = (Reason::Stopping, "bye".to_owned());
+                    let peer = Output::Close(Close::Peer { reason, text });
+                    assert_eq!(end.outputs, [peer], "{why}");
+                }
+                Cell::Accept if fits => {
+                    fitted += 1;
+                    assert_ne!(end.session.state(), "Closed", "{why}");
+                    assert_eq!(end.closed(), None, "{why}");
+                }
+                Cell::Close | Cell::Accept => {
+                    end.closes(&why);
+                }
+            }
+        }
+        let never = NEVER.contains(&(state, message));
+        assert!(cell == Cell::Close || (fitted > 0) != never, "{message} in {state}");
+    }
+}
+
+fn client_stage(name: &str) -> ClientEnd {
+    let found = client_stages().into_iter().find(|(stage, _)| *stage == name);
+    found.unwrap_or_else(|| panic!("{name} is no stage")).1
+}
+
+/// The text with which the client closes.
+fn client_closes(stage: &str, message: ToClient) -> String {
+    let why = format!("{message:?} in {stage}");
+    client_stage(stage).message(message).closes(&why)
+}
+
+fn live(first: Revision, before: ChainTag) -> ToClient {
+    ToClient::Live { first, before, changes: Changes(vec![Change::write("a", "4")]) }
+}
+
+#[test]
+fn the_client_closes_on_a_gap_in_the_live_changes() {
+    let right = Chain::START.tag();
+    for first in [Revision::ZERO, START, START.plus(2), Revision(u64::MAX)] {
+        for stage in ["relay", "waiting", "diff", "announced"] {
+            let text = client_closes(stage, live(first, right));
+            assert_eq!(text, format!("live changes from revision {first} came where 9 was next"));
+        }
+    }
+    // The same frame a second time.
+    let mut end = client_stage("relay");
+    end.message(live(START.next(), right));
+    assert_eq!(end.session.stream().unwrap().revision, START.next());
+    end.message(live(START.next(), right)).closes("a frame that came before");
+}
+
+#[test]
+fn the_client_closes_on_another_chain() {
+    let other = Chain::from_bytes([1; 24]).tag();
+    for stage in ["relay", "waiting", "diff", "announced"] {
+        let text = client_closes(stage, live(START.next(), other));
+        assert_eq!(text, "the chain at revision 8 is not that of the stream so far");
+    }
+    client_closes("repaired", sync_done(START, other));
+    // The chain goes over what was sent.
+    let mut end = client_stage("repaired");
+    end.message(live(START.next(), Chain::START.tag()));
+    let folded = Chain::START.fold(&Digest::of(&Change::write("a", "4"))).tag();
+    assert_eq!(end.tag(), folded);
+    end.message(sync_done(START.next(), Chain::START.tag())).closes("the chain of before");
+}
+
+#[test]
+fn the_client_closes_on_more_repairs_than_announced() {
+    let write = || Change::write("b", "2");
+    let (one, two) = (prefix_of("c"), [prefix_of("c"), prefix_of("d")].concat());
+    let more = "malformed answer: there are more repairs than announced";
+    assert_eq!(client_closes("announced", repair(vec![write(), write()], 6, &one)), more);
+    assert_eq!(client_closes("announced", repair(vec![], 6, &two)), more);
+    assert_eq!(client_closes("repaired", repair(vec![write()], 1, &[])), more);
+    assert_eq!(client_closes("repaired", repair(vec![], 6, &one)), more);
+    // And on repairs that say what cannot be.
+    client_closes("announced", repair(vec![Change::delete("b")], 1, &[]));
+    client_closes("announced", repair(vec![], 4, &one));
+    client_closes("announced", repair(vec![], 17, &[0; 17]));
+    // Fewer are no fault.
+    let mut end = client_stage("announced");
+    let done = to_client("SyncDone", &end);
+    assert_eq!(end.message(done).session.state(), "Relay");
+}
+
+#[test]
+fn the_client_closes_on_the_end_of_a_diff_elsewhere() {
+    for revision in [START.next(), Revision(START.0 - 1), Revision::ZERO] {
+        let text = client_closes("repaired", sync_done(revision, Chain::START.tag()));
+        assert_eq!(text, format!("SyncDone names revision {revision}, the stream stands at 8"));
+    }
+}
+
+#[test]
+fn the_client_closes_on_a_wrong_count_of_jumps() {
+    let fell = |jumps, revision| ToClient::FellBehind { jumps, revision, chain: Chain::START };
+    for jumps in [0, 2, u32::MAX] {
+        client_closes("relay", fell(jumps, START.plus(5)));
+        client_closes("waiting", fell(jumps, START.plus(5)));
+    }
+    client_closes("relay", fell(1, Revision(START.0 - 1)));
+    let mut end = client_stage("relay");
+    end.message(fell(1, START.plus(5)));
+    assert_eq!(end.outputs, [Output::FellBehind(START.plus(5))]);
+    end.message(fell(1, START.plus(9))).closes("the first jump a second time");
+}
+
+#[test]
+fn the_client_closes_on_verify_of_no_mark() {
+    let verify = |revision| ToClient::Verify { revision, root: server_tree().root() };
+    for stage in ["relay", "preparing", "waiting", "diff", "announced", "verified"] {
+        client_closes(stage, verify(START));
+    }
+    let text = client_closes("done", verify(START.next()));
+    assert_eq!(text, "Verify names revision 9, the stream stands at 8");
+    let mut end = client_stage("done");
+    assert_eq!(end.message(verify(START)).outputs, []);
+    end.message(verify(START)).closes("the second of one mark");
+}
+
+#[test]
+fn the_client_closes_on_the_number_of_another_diff() {
+    let other = NEXT_DIFF;
+    client_closes("waiting", ToClient::SyncStart { diff: other });
+    client_closes("diff", ToClient::SyncRequest { diff: other, query: query() });
+    client_closes("diff", ToClient::SyncSeq { diff: other, writes: 1, deletes: 1 });
+    for stage in ["waiting", "diff", "answering", "announced"] {
+        client_closes(stage, ToClient::SyncAbort { diff: other, reason: AbortReason::Walk });
+    }
+    client_closes(
+        "announced",
+        ToClient::Repair {
+            diff: other,
+            writes: Changes::default(),
+            prefix_bytes: 1,
+            deletes: Raw::default(),
+        },
+    );
+}
+
+#[test]
+fn the_client_closes_on_a_malformed_query() {
+    let asked = |query| ToClient::SyncRequest { diff: DIFF, query };
+    let text = client_closes("diff", asked(Query { depth: 33, ..query() }));
+    assert_eq!(text, "malformed query: the depth is above 32");
+    client_closes("diff", asked(Query { levels: 0, ..query() }));
+    client_closes("diff", asked(Query { levels: 4, ..query() }));
+    client_closes("diff", asked(Query { depth: 1, ..query() }));
+    let node = Widths { node: 0, ..Widths::SHORT };
+    client_closes("diff", asked(Query { widths: node, ..query() }));
+}
+
+#[test]
+fn a_diff_begins_when_the_one_before_is_verified() {
+    for (stage, _) in client_stages() {
+        let mut end = client_stage(stage);
+        let mut diff = None;
+        end.act(|session| diff = Some(session.handle_diff(follower_tree(), true)));
+        let expected = match stage {
+            "hello" | "closed" => Err(NotNow::Disconnected),
+            "relay" => Ok(DIFF),
+            "verified" => Ok(NEXT_DIFF),
+            _ => Err(NotNow::AlreadyDiffing),
+        };
+        assert_eq!(diff, Some(expected), "{stage}");
+    }
+}
+
+#[test]
+fn the_client_refuses_other_versions_trees_and_limits() {
+    let limits = Limits::default();
+    let closed = |message: ToClient| {
+        let mut end = client_stage("hello");
+        end.message(message);
+        assert_eq!(end.session.state(), "Closed");
+        let (reason, text) = end.closed().unwrap();
+        let text = text.to_owned();
+        let farewell = Output::Send(ToServer::Farewell { reason, text: text.clone() });
+        assert_eq!(end.outputs[0], farewell);
+        (reason, text)
+    };
+    let (reason, text) = closed(welcome_with(7, 1, limits));
+    assert_eq!(reason, Reason::Version);
+    assert_eq!(text, format!("peer speaks version 7, this end speaks version {VERSION}"));
+    let (reason, text) = closed(welcome_with(VERSION, 9, limits));
+    assert_eq!(reason, Reason::Tree);
+    assert_eq!(text, "peer has tree version 9, this end 1");
+    for more in [
+        Limits { frame_bytes: limits.frame_bytes + 1, ..limits },
+        Limits { key_bytes: limits.key_bytes + 1, ..limits },
+        Limits { value_bytes: limits.value_bytes + 1, ..limits },
+    ] {
+        // A server compares before it welcomes, so this one broke the protocol.
+        let (reason, text) = closed(welcome_with(VERSION, 1, more));
+        assert_eq!(reason, Reason::Protocol);
+        for theirs in [more.frame_bytes, more.key_bytes, more.value_bytes] {
+            assert!(text.contains(&theirs.to_string()), "{text}");
+        }
+    }
+    let less = Limits { frame_bytes: 100, key_bytes: 10, value_bytes: 10, ..limits };
+    let mut end = client_stage("hello");
+    assert_eq!(end.message(welcome_with(VERSION, 1, less)).session.state(), "Relay");
+}
+
+// Heartbeats.
+
+#[test]
+fn the_server_asks_then_gives_up() {
+    let HeartbeatConfig { ping_after, dead_after } = HeartbeatConfig::default();
+    let moment = Duration::from_millis(1);
+    for stage in ["subscribing", "relay", "queued", "asked", "repaired", "done"] {
+        let mut end = server_stage(stage);
+        assert_eq!(end.session.poll_timeout(), Some(ping_after));
+        end.act(|session| session.handle_timeout(ping_after - moment));
+        assert_eq!((&end.sent[..], &end.events[..]), (&[][..], &[][..]), "{stage}");
+        end.act(|session| session.handle_timeout(ping_after));
+        assert_eq!(end.sent, [ToClient::Ping {}], "{stage}");
+        assert_eq!(end.session.poll_timeout(), Some(dead_after));
+        end.act(|session| session.handle_timeout(dead_after - moment));
+        assert_eq!(end.sent, [], "one at a time, {stage}");
+        end.act(|session| session.handle_timeout(dead_after));
+        assert_eq!(end.closed().unwrap().0, Reason::Silent, "{stage}");
+        let said = match &end.sent[..] {
+            [ToClient::Refuse { reason, .. }] if stage == "subscribing" => reason,
+            [ToClient::Farewell { reason, .. }] => reason,
+            other => panic!("{stage}: {other:?}"),
+        };
+        assert_eq!(*said, Reason::Silent);
+        assert_eq!(end.session.poll_timeout(), None);
+        end.act(|session| session.handle_timeout(2 * dead_after));
+        assert_eq!((end.sent, end.events), (vec![], vec![]), "{stage}");
+    }
+}
+
+#[test]
+fn the_client_asks_then_gives_up() {
+    let HeartbeatConfig { ping_after, dead_after } = HeartbeatConfig::default();
+    let moment = Duration::from_millis(1);
+    for stage in ["relay", "preparing", "waiting", "answering", "announced", "done"] {
+        let mut end = client_stage(stage);
+        assert_eq!(end.session.poll_timeout(), Some(ping_after));
+        end.act(|session| session.handle_timeout(ping_after - moment));
+        assert_eq!(end.outputs, [], "{stage}");
+        end.act(|session| session.handle_timeout(ping_after));
+        assert_eq!(end.outputs, [Output::Send(ToServer::Ping {})], "{stage}");
+        assert_eq!(end.session.poll_timeout(), Some(dead_after));
+        end.act(|session| session.handle_timeout(dead_after - moment));
+        assert_eq!(end.outputs, [], "one at a time, {stage}");
+        end.act(|session| session.handle_timeout(dead_after));
+        assert_eq!(end.closed().unwrap().0, Reason::Silent, "{stage}");
+        assert!(matches!(end.outputs[0], Output::Send(ToServer::Farewell { .. })));
+        assert_eq!(end.session.poll_timeout(), None);
+        end.act(|session| session.handle_timeout(2 * dead_after));
+        assert_eq!(end.outputs, [], "{stage}");
+    }
+}
+
+#[test]
+fn nobody_is_asked_before_the_handshake() {
+    let HeartbeatConfig { ping_after, dead_after } = HeartbeatConfig::default();
+    let mut end = ServerEnd::new();
+    end.act(|session| session.handle_timeout(ping_after));
+    assert_eq!(end.sent, []);
+    end.act(|session| session.handle_timeout(dead_after));
+    assert!(matches!(end.sent[..], [ToClient::Refuse { reason: Reason::Silent, .. }]));
+    let mut end = ClientEnd::new();
+    end.act(|session| session.handle_timeout(ping_after));
+    assert_eq!(end.outputs, []);
+    end.act(|session| session.handle_timeout(dead_after));
+    assert_eq!(end.closed().unwrap().0, Reason::Silent);
+}
+
+#[test]
+fn whatever_is_heard_counts() {
+    let HeartbeatConfig { ping_after, dead_after } = HeartbeatConfig::default();
+    let late = dead_after - Duration::from_millis(1);
+    for message in ["Ping", "Pong", "SyncReq"] {
+        let mut end = server_stage("relay");
+        end.act(|session| session.handle_timeout(ping_after));
+        end.act(|session| session.handle_message(to_server(message), late));
+        assert_eq!(end.session.poll_timeout(), Some(late + ping_after), "{message}");
+        end.act(|session| session.handle_timeout(dead_after));
+        assert_eq!(end.closed(), None);
+        end.act(|session| session.handle_timeout(late + ping_after));
+        assert_eq!(end.sent, [ToClient::Ping {}], "it asks again");
+    }
+    for message in ["Ping", "Pong", "Live", "FellBehind"] {
+        let mut end = client_stage("relay");
+        let message = to_client(message, &end);
+        end.act(|session| session.handle_timeout(ping_after));
+        end.act(|session| session.handle_message(message, late));
+        assert_eq!(end.session.poll_timeout(), Some(late + ping_after));
+        end.act(|session| session.handle_timeout(late + ping_after));
+        assert_eq!(end.outputs, [Output::Send(ToServer::Ping {})], "it asks again");
+    }
+    // A part of a frame, too.
+    let mut end = server_stage("relay");
+    end.act(|session| session.handle_heard(late));
+    assert_eq!(end.session.poll_timeout(), Some(late + ping_after));
+    let mut end = client_stage("hello");
+    end.act(|session| session.handle_heard(late));
+    assert_eq!(end.session.poll_timeout(), Some(late + ping_after));
+}
+
+#[test]
+fn a_ping_is_answered() {
+    for stage in ["subscribing", "relay", "asked"] {
+        let mut end = server_stage(stage);
+        // However many were asked before there was room.
+        end.act(|session| (0..40).for_each(|_| session.handle_message(ToServer::Ping {}, NOW)));
+        assert_eq!(end.sent, [ToClient::Pong {}], "{stage}");
+    }
+    for stage in ["hello", "relay", "diff", "announced"] {
+        let mut end = client_stage(stage);
+        end.message(ToClient::Ping {});
+        assert_eq!(end.outputs, [Output::Send(ToServer::Pong {})], "{stage}");
+    }
+}

@@ -1,0 +1,152 @@
+//! The handle of a follower.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use actix::{Actor, Addr};
+use tablecast_actors::access::Access;
+use tablecast_actors::client::{self as actors, DiffOutcome, Event, Status};
+use tablecast_actors::{ClientConfig, protocol};
+use tokio::sync::broadcast;
+
+use crate::runtime::Runtime;
+use crate::{Change, Error, Key, Position, Reader, Revision, Store, Value};
+
+/// A follower: a table that is kept identical to the server's.
+///
+/// A handle: clone it and use it from any thread, within an actix System or without one. The
+/// actors end with [`Client::stop`], or abruptly with the last handle.
+///
+/// ```
+/// use std::time::Duration;
+/// use tablecast::{Client, ClientConfig, MemoryStore, Server, ServerConfig, access::memory};
+///
+/// # actix_rt::System::new().block_on(async {
+/// let (listener, access) = memory::pair();
+/// let server = Server::start(ServerConfig::default(), MemoryStore::new())?;
+/// server.listen_on(listener);
+/// server.ready().await?;
+///
+/// let client = Client::start(ClientConfig::default(), MemoryStore::new(), access)?;
+/// client.ready().await?;
+/// let written = server.write("colour", "blue").await?;
+/// client.wait_for(written.position().unwrap().revision, Duration::from_secs(10)).await?;
+/// assert_eq!(client.reader().get(b"colour")?.as_deref(), Some(&b"blue"[..]));
+/// client.stop().await;
+/// server.stop().await;
+/// # Ok::<(), tablecast::Error>(())
+/// # }).unwrap();
+/// ```
+#[derive(Clone)]
+pub struct Client {
+    actor: Addr<actors::Client>,
+    reader: Arc<dyn Reader>,
+    /// Keeps the threads.
+    _runtime: Arc<Runtime>,
+}
+
+impl Client {
+    /// Starts a follower with what the store holds. Builds its tree first, in the calling thread: about
+    /// half a microsecond a key. It connects with [`Client::ready`].
+    ///
+    /// # Errors
+    /// If the store cannot be read, or no thread can be started.
+    pub fn start(
+        config: ClientConfig,
+        store: impl Store,
+        access: impl Access,
+    ) -> Result<Self, Error> {
+        let replica = protocol::Replica::open(store)?;
+        let reader = replica.reader();
+        let runtime = Runtime::start(1)?;
+        let [arbiter, ..] = runtime.arbiters() else { return Err(Error::Stopped) };
+        let actor = actors::Client::start_in_arbiter(arbiter, move |_| {
+            actors::Client::new(replica, access, config)
+        });
+        Ok(Self { actor, reader, _runtime: Arc::new(runtime) })
+    }
+
+    /// Writes a key of the follower's own table: to fill it before [`Client::ready`], or to make it differ
+    /// in a test. The server does not hear of it; a diff takes it back.
+    ///
+    /// # Errors
+    /// If the store refuses.
+    pub async fn write(&self, key: impl Into<Key>, value: impl Into<Value>) -> Result<(), Error> {
+        Ok(self.actor.send(actors::Apply(Change::write(key, value))).await??)
+    }
+
+    /// Deletes a key of the follower's own table; see [`Client::write`].
+    ///
+    /// # Errors
+    /// If the store refuses.
+    pub async fn delete(&self, key: impl Into<Key>) -> Result<(), Error> {
+        Ok(self.actor.send(actors::Apply(Change::delete(key))).await??)
+    }
+
+    /// Connects, and stays connected. Every connect is followed by a diff.
+    ///
+    /// # Errors
+    /// If the follower has been stopped.
+    pub async fn ready(&self) -> Result<(), Error> {
+        Ok(self.actor.send(actors::Ready).await?)
+    }
+
+    /// Compares the table with the server's, repairs it, and says what was found. Live changes go on
+    /// meanwhile. Diffs also happen by themselves whenever something may be missing; their reports
+    /// are events.
+    ///
+    /// # Errors
+    /// If a diff is under way already, or there is no connection.
+    pub async fn diff(&self) -> Result<DiffOutcome, Error> {
+        Ok(self.actor.send(actors::Diff).await??)
+    }
+
+    /// Waits until the table holds every change up to `revision` of the history that is followed.
+    /// Answers where it stands then.
+    ///
+    /// # Errors
+    /// If that takes longer than `timeout`.
+    pub async fn wait_for(&self, revision: Revision, timeout: Duration) -> Result<Position, Error> {
+        let wait = actors::WaitFor { revision, timeout };
+        self.actor.send(wait).await?.ok_or(Error::Timeout(timeout))
+    }
+
+    /// How the follower is.
+    ///
+    /// # Errors
+    /// If it has been stopped.
+    pub async fn status(&self) -> Result<Status, Error> {
+        Ok(self.actor.send(actors::GetStatus).await?)
+    }
+
+    /// What happens from here on: connections, changes, diffs. A subscriber that lags by more than
+    /// [`ClientConfig::event_capacity`] is told how many it missed.
+    ///
+    /// # Errors
+    /// If the follower has been stopped.
+    pub async fn events(&self) -> Result<broadcast::Receiver<Event>, Error> {
+        Ok(self.actor.send(actors::Subscribe).await?)
+    }
+
+    /// Reads the table, from any thread, without asking the follower.
+    pub fn reader(&self) -> &Arc<dyn Reader> {
+        &self.reader
+    }
+
+    /// The actor, to be sent messages.
+    pub fn actor(&self) -> &Addr<actors::Client> {
+        &self.actor
+    }
+
+    /// Says farewell to the server and ends.
+    pub async fn stop(self) {
+        // It has stopped before if nobody answers.
+        let _: Result<(), _> = self.actor.send(actors::Stop).await;
+    }
+}
+
+impl std::fmt::Debug for Client {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Client").field("actor", &self.actor).finish_non_exhaustive()
+    }
+}

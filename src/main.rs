@@ -1,0 +1,3 @@
+//! The `tablecast` command.
+
+fn main() {}

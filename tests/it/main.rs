@@ -1,0 +1,16 @@
+//! The whole system, through its public face.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::indexing_slicing,
+    clippy::cast_possible_truncation,
+    clippy::wildcard_enum_match_arm,
+    clippy::let_underscore_must_use,
+    clippy::too_many_lines,
+    unreachable_pub,
+    missing_docs,
+    reason = "a test fails by panicking, and its numbers are small"
+)]
+
+mod harness;
+mod stream;
