@@ -141,7 +141,7 @@ impl Client {
     /// Says farewell to the server and ends.
     pub async fn stop(self) {
         // It has stopped before if nobody answers.
-        let _: Result<(), _> = self.actor.send(actors::Stop).await;
+        self.actor.send(actors::Stop).await.ok();
     }
 }
 

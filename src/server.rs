@@ -160,7 +160,7 @@ impl Server {
         let arbiter = self.runtime.arbiters().last().ok_or(Error::Stopped)?;
         arbiter.spawn_fn(move || {
             // Nobody waits any more if it fails.
-            let _: Result<(), _> = sender.send(tree.root());
+            sender.send(tree.root()).ok();
         });
         Ok((position, root.await.map_err(|_| Error::Stopped)?))
     }
@@ -189,7 +189,7 @@ impl Server {
     pub async fn stop(self) {
         self.endpoint.close();
         // It has stopped before if nobody answers.
-        let _: Result<(), _> = self.actor().send(actors::Stop).await;
+        self.actor().send(actors::Stop).await.ok();
     }
 }
 

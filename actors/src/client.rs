@@ -308,7 +308,7 @@ impl Client {
     fn emit(&self, event: impl FnOnce() -> Event) {
         if self.events.receiver_count() > 0 {
             // No receiver any more is nobody's loss.
-            drop(self.events.send(event()));
+            self.events.send(event()).ok();
         }
     }
 
@@ -335,9 +335,8 @@ impl Client {
                 }
                 Output::Apply { first, changes } => self.follow(first, changes, ctx),
                 Output::Repair { diff, changes } => self.repair(diff, changes),
-                Output::Answer { diff, tree, query } => {
-                    let limit = self.config.limits.answer_bytes;
-                    let answer = move || answer(&tree, &query, limit);
+                Output::Answer { diff, tree, query, max_bytes } => {
+                    let answer = move || answer(&tree, &query, max_bytes);
                     let answer = actix_rt::task::spawn_blocking(answer).into_actor(self);
                     ctx.spawn(answer.map(move |answer, _, ctx| {
                         ctx.notify(Computed::Answer(connection, diff, answer.ok()));
@@ -505,7 +504,7 @@ impl Client {
         self.emit(|| Event::Diff(outcome.clone()));
         for waiter in waiting {
             // Nobody waits any more: it is in the status.
-            drop(waiter.send(outcome.clone()));
+            waiter.send(outcome.clone()).ok();
         }
     }
 
@@ -516,7 +515,7 @@ impl Client {
         };
         for (_, waiter) in self.waiters.extract_if(.., |(revision, _)| *revision <= at.revision) {
             // Who gave up does not wait any more.
-            let _: Result<(), _> = waiter.send(Some(at));
+            waiter.send(Some(at)).ok();
         }
     }
 
@@ -536,7 +535,7 @@ impl Client {
         }
         self.diff_aborted(DiffAborted::Disconnected, ctx);
         for waiter in std::mem::take(&mut self.next) {
-            drop(waiter.send(DiffOutcome::Aborted(DiffAborted::Disconnected)));
+            waiter.send(DiffOutcome::Aborted(DiffAborted::Disconnected)).ok();
         }
         if session.stream().is_some() {
             info!(reason, "disconnected");

@@ -75,7 +75,7 @@ impl From<tablecast_protocol::client::NotNow> for DiffError {
         use tablecast_protocol::client::NotNow;
         match error {
             NotNow::AlreadyDiffing => Self::AlreadyDiffing,
-            _ => Self::Disconnected,
+            NotNow::Disconnected => Self::Disconnected,
         }
     }
 }

@@ -292,7 +292,7 @@ impl Server {
         for (change, number) in changes.into_iter().zip(1..) {
             let revision = end.map(|end| Revision(end.0 - count + number));
             // No receiver any more is nobody's loss.
-            drop(self.changes.send(Applied { change, revision }));
+            self.changes.send(Applied { change, revision }).ok();
         }
     }
 
@@ -302,7 +302,7 @@ impl Server {
         {
             for waiter in waiting {
                 // Nobody waits any more: that is as well.
-                let _: Result<(), ()> = waiter.send(());
+                waiter.send(()).ok();
             }
             ctx.stop();
         }
@@ -361,7 +361,7 @@ impl Handler<Ready> for Server {
         self.table.ready(epoch);
         let position = self.table.position().expect("a table that is ready has a position");
         for waiter in self.awaiting.drain(..) {
-            let _: Result<(), _> = waiter.send(Some(position));
+            waiter.send(Some(position)).ok();
         }
         MessageResult(position)
     }

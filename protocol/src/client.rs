@@ -12,13 +12,14 @@
 //! |---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|
 //! | Hello | accept | accept | close | close | close | close | close | close | close | close | close | close | accept | accept |
 //! | Relay | close | close | accept | accept | accept | close | close | close | close | close | close | accept | accept | accept |
-//! | PreDiff | close | close | accept | accept | accept | accept | close | close | close | close | accept | accept | accept | accept |
-//! | Diff | close | close | accept | accept | close | close | accept | accept | close | close | accept | accept | accept | accept |
-//! | PostDiff | close | close | accept | accept | close | close | close | close | accept | accept | accept | accept | accept | accept |
+//! | PreDiff | close | close | accept | accept | accept | accept | close | close | close | close | accept | close | accept | accept |
+//! | Diff | close | close | accept | accept | close | close | accept | accept | close | close | accept | close | accept | accept |
+//! | PostDiff | close | close | accept | accept | close | close | close | close | accept | accept | accept | close | accept | accept |
 //! | Closed | ignore | ignore | ignore | ignore | ignore | ignore | ignore | ignore | ignore | ignore | ignore | ignore | ignore | ignore |
 //!
 //! *Accept* still closes on what only a broken server says: a number of another diff, a live change
-//! that does not follow the one before it, more repairs than announced. `FellBehind` comes after
+//! that does not follow the one before it, more repairs than announced, a `Verify` of no mark.
+//! `FellBehind` comes after
 //! the abort of a diff that ran, so it does not come in Diff and PostDiff.
 //!
 //! Live changes are applied in every state, in their order, each once. What makes repairs right
@@ -38,10 +39,12 @@ use crate::change::Change;
 use crate::diff::Query;
 use crate::error::{DecodeError, ProtocolError};
 use crate::heartbeat::{Beat, Heartbeat, HeartbeatConfig};
-use crate::limits::{HANDSHAKE_FRAME_BYTES, Limits};
-use crate::message::{AbortReason, DiffId, Reason, ToClient, ToServer};
+use crate::limits::{FRAME_OVERHEAD, HANDSHAKE_FRAME_BYTES, Limits};
+use crate::message::{
+    AbortReason, DiffId, NAME_BYTES, Reason, TEXT_BYTES, ToClient, ToServer, clip,
+};
 use crate::position::{Chain, ChainTag, Digest, Epoch, Position, Revision};
-use crate::server::Close;
+use crate::server::{Close, limits_text};
 use crate::tree::{Hash, KeyPrefix, TREE_VERSION, Tree};
 use crate::wire::{Message, Raw, VERSION};
 
@@ -69,8 +72,12 @@ pub struct Session {
     stream: Option<Position>,
     /// Nothing is missing up to the stream's place.
     whole: bool,
+    /// The store refused a live change since the last snapshot for a diff.
+    refused: bool,
     /// How many `FellBehind` there were.
     jumps: u32,
+    /// What an answer may hold: within this end's limit, and within a frame that the server takes.
+    answer_bytes: usize,
     last_diff: DiffId,
     /// The mark behind the last diff, until both roots are there.
     check: Option<Check>,
@@ -172,6 +179,8 @@ pub enum Output {
         tree: Tree,
         /// What is asked.
         query: Query,
+        /// The largest answer that both ends' limits allow.
+        max_bytes: usize,
     },
     /// Compute the root of this snapshot away from everything else, then [`Session::handle_root`].
     Root(DiffId, Tree),
@@ -206,7 +215,6 @@ pub enum Output {
 
 /// Why a diff cannot begin.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, thiserror::Error)]
-#[non_exhaustive]
 pub enum NotNow {
     /// One is under way.
     #[error("a diff is under way already")]
@@ -225,13 +233,15 @@ impl Session {
         position: Option<Position>,
         now: Duration,
     ) -> Self {
-        let hello = ToServer::hello(name, &limits, position);
+        let hello = ToServer::hello(clip(name, NAME_BYTES), &limits, position);
         Self {
             limits,
             state: State::Hello,
             stream: None,
             whole: false,
+            refused: false,
             jumps: 0,
+            answer_bytes: 0,
             last_diff: DiffId(0),
             check: None,
             heartbeat: Heartbeat::new(heartbeat, now),
@@ -258,7 +268,7 @@ impl Session {
     pub fn handle_malformed(&mut self, error: &DecodeError) {
         let version = matches!(error, DecodeError::Version { .. });
         let reason = if version { Reason::Version } else { Reason::Protocol };
-        self.close(reason, error.to_string());
+        self.handle_close(reason, error.to_string());
     }
 
     fn accept(&mut self, message: ToClient) -> Result<(), ProtocolError> {
@@ -296,7 +306,7 @@ impl Session {
                 return self.fell_behind(state, jumps, revision, chain, unexpected);
             }
             (
-                State::PreDiff { diff, .. }
+                State::PreDiff { diff, asked: true, .. }
                 | State::Diff { diff, .. }
                 | State::PostDiff { diff, .. },
                 ToClient::SyncAbort { diff: id, reason },
@@ -341,11 +351,14 @@ impl Session {
             self.close(Reason::Tree, text);
         } else if frame > frame_bytes as u64 || key > key_bytes as u64 || value > value_bytes as u64
         {
-            return Err(ProtocolError::Limits { frame, key, value });
+            let theirs = (frame, key, value);
+            self.close(Reason::Limits, limits_text(theirs, &self.limits));
         } else {
             let at = Position { epoch, revision, chain };
             self.state = State::Relay;
             self.stream = Some(at);
+            let fits = usize::try_from(frame).unwrap_or(usize::MAX).saturating_sub(FRAME_OVERHEAD);
+            self.answer_bytes = self.limits.answer_bytes.min(fits);
             self.outputs.push_back(Output::Connected(at));
         }
         Ok(())
@@ -380,6 +393,9 @@ impl Session {
         chain: Chain,
         unexpected: Result<(), ProtocolError>,
     ) -> Result<(), ProtocolError> {
+        if matches!(state, State::Diff { .. } | State::PostDiff { .. } | State::Hello) {
+            return unexpected;
+        }
         let stream = self.stream.as_mut().expect("the stream has a place since Welcome");
         if jumps != self.jumps.wrapping_add(1) || revision < stream.revision {
             let (revision, stands) = (revision.0, stream.revision.0);
@@ -396,11 +412,13 @@ impl Session {
                 self.outputs.push_back(Output::DiffAborted { diff: diff.id, reason });
                 State::Relay
             }
-            // The server will refuse it: it was asked for before the jump was known.
-            State::Relay | State::PreDiff { .. } => state,
-            State::Hello | State::Diff { .. } | State::PostDiff { .. } | State::Closed => {
-                return unexpected;
-            }
+            // One that was asked for before the jump was known will be refused.
+            State::Hello
+            | State::Relay
+            | State::PreDiff { .. }
+            | State::Diff { .. }
+            | State::PostDiff { .. }
+            | State::Closed => state,
         };
         Ok(())
     }
@@ -420,7 +438,8 @@ impl Session {
                 query.paths()?;
                 diff.counts.rounds += 1;
                 let tree = diff.tree.clone();
-                self.outputs.push_back(Output::Answer { diff: id, tree, query });
+                let max_bytes = self.answer_bytes;
+                self.outputs.push_back(Output::Answer { diff: id, tree, query, max_bytes });
                 Ok(State::Diff { diff, answering: true })
             }
             (
@@ -446,28 +465,31 @@ impl Session {
                 State::PostDiff { mut diff, writes_left, deletes_left },
                 ToClient::Repair { diff: id, writes, prefix_bytes, deletes: Raw(deletes) },
             ) if id == diff.id => {
-                let answer = |why| ProtocolError::Answer { why };
+                let broken = |why| ProtocolError::Repair { why };
                 let writes = writes.0;
-                let width = usize::from(prefix_bytes).max(1);
+                let width = usize::from(prefix_bytes);
+                if width == 0 {
+                    return Err(broken("its prefixes have no bytes"));
+                }
                 let prefixes = (deletes.len() / width) as u64;
                 let left = (
                     writes_left.checked_sub(writes.len() as u64),
                     deletes_left.checked_sub(prefixes),
                 );
                 let (Some(writes_left), Some(deletes_left)) = left else {
-                    return Err(answer("there are more repairs than announced"));
+                    return Err(broken("there are more repairs than announced"));
                 };
                 if writes.iter().any(|change| change.value().is_none()) {
-                    return Err(answer("a repair deletes a key by its name"));
+                    return Err(broken("a repair deletes a key by its name"));
                 }
                 if !deletes.len().is_multiple_of(width) {
-                    return Err(answer("the prefixes of a repair do not fill their bytes"));
+                    return Err(broken("the prefixes of a repair do not fill their bytes"));
                 }
                 diff.counts.written += writes.len() as u64;
                 let mut changes: Vec<_> = writes.into_iter().map(digested).collect();
                 for prefix in deletes.chunks_exact(width) {
                     let prefix = KeyPrefix::new(prefix)
-                        .ok_or(answer("a prefix is longer than a key's hash"))?;
+                        .ok_or(broken("a prefix is longer than a key's hash"))?;
                     // Of the snapshot that was walked, not of the table as it is now.
                     changes.extend(diff.tree.get_prefix(prefix).map(|entry| {
                         let key = bytes::Bytes::copy_from_slice(entry.key());
@@ -491,7 +513,7 @@ impl Session {
                     return Err(ProtocolError::Chain { revision: revision.0 });
                 }
                 // A key that could not be repaired is missing still.
-                self.whole = diff.counts.failed + failed == 0;
+                self.whole = diff.counts.failed + failed == 0 && !self.refused;
                 diff.counts.suppressed = suppressed;
                 diff.counts.failed += failed;
                 let (diff, counts) = (diff.id, diff.counts);
@@ -522,6 +544,8 @@ impl Session {
             self.check.take_if(|check| check.ours.is_some() && check.theirs.is_some())
         {
             self.outputs.push_back(Output::Send(ToServer::Verified { revision: mark, root }));
+            // A position that is known to be wrong is none.
+            self.whole &= root == server_root;
             let revision = mark;
             self.outputs.push_back(Output::DiffDone { diff, counts, revision, root, server_root });
         }
@@ -544,6 +568,7 @@ impl Session {
         }
         self.last_diff = DiffId(self.last_diff.0.wrapping_add(1));
         let id = self.last_diff;
+        self.refused = false;
         self.outputs.push_back(Output::Root(id, tree.clone()));
         let diff = Running { id, full, tree, counts: Counts::default() };
         self.state = State::PreDiff { diff, asked: false, jumps: self.jumps };
@@ -604,6 +629,8 @@ impl Session {
     /// The store refused a live change of [`Output::Apply`]: the table is not whole until a diff.
     pub fn handle_refused(&mut self) {
         self.whole = false;
+        // The diff that runs may leave its key out, as one that a live change brought.
+        self.refused = true;
     }
 
     // Time, and the end.
@@ -636,6 +663,7 @@ impl Session {
 
     fn close(&mut self, reason: Reason, text: String) {
         self.state = State::Closed;
+        let text = clip(&text, TEXT_BYTES).to_owned();
         let farewell = ToServer::Farewell { reason, text: text.clone() };
         self.outputs.push_back(Output::Send(farewell));
         self.outputs.push_back(Output::Close(Close::Here { reason, text }));

@@ -31,7 +31,7 @@ pub use walk::{Step, Walk};
 use crate::change::Key;
 use crate::error::ProtocolError;
 use crate::tree::{Hash, KeyHash, KeyPrefix, LEAF_ENTRIES, Path};
-use crate::wire::bin;
+use crate::wire::Raw;
 
 /// Most levels below a node that one query may ask for: 16^3 hashes a node.
 pub const MAX_LEVELS: u8 = 3;
@@ -42,7 +42,7 @@ pub const MAX_LEVELS: u8 = 3;
 pub const SMALL: u32 = 32;
 
 /// How many bytes of each hash an answer holds.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Widths {
     /// Of a node's hash, 1 to 24.
     pub node: u8,
@@ -93,7 +93,7 @@ impl Widths {
 }
 
 /// What is at these nodes? All are at one depth.
-#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Query {
     /// The depth of the nodes, 0 at the root, at most [`Path::MAX_DEPTH`].
     pub depth: u8,
@@ -104,8 +104,23 @@ pub struct Query {
     /// How much of each hash.
     pub widths: Widths,
     /// The nodes' paths, each packed into `(depth + 1) / 2` bytes, one behind the other.
-    #[serde(with = "bin")]
     pub nodes: Bytes,
+}
+
+// Arrays, and nothing else: a derived reader would take a map with the fields' names as well.
+impl Serialize for Query {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let Self { depth, levels, small, widths: Widths { node, key, entry }, nodes } = self;
+        (depth, levels, small, (node, key, entry), Raw(nodes.clone())).serialize(serializer)
+    }
+}
+
+impl<'de> Deserialize<'de> for Query {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let (depth, levels, small, (node, key, entry), Raw(nodes)) =
+            Deserialize::deserialize(deserializer)?;
+        Ok(Self { depth, levels, small, widths: Widths { node, key, entry }, nodes })
+    }
 }
 
 impl Query {

@@ -51,6 +51,12 @@ pub enum ProtocolError {
         /// What is wrong with it.
         why: &'static str,
     },
+    /// A repair that no honest server sends.
+    #[error("malformed repair: {why}")]
+    Repair {
+        /// What is wrong with it.
+        why: &'static str,
+    },
     /// A query of the walk that no honest server asks.
     #[error("malformed query: {why}")]
     Query {
@@ -80,18 +86,5 @@ pub enum ProtocolError {
         revision: u64,
         /// Where the stream stands.
         stands: u64,
-    },
-    /// The ends disagree on what may be sent.
-    #[error(
-        "peer accepts frames of {frame}, keys of {key} and values of {value} bytes, which is \
-             less than this end may send"
-    )]
-    Limits {
-        /// Largest frame.
-        frame: u64,
-        /// Largest key.
-        key: u64,
-        /// Largest value.
-        value: u64,
     },
 }

@@ -11,7 +11,7 @@
 /// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Limits {
-    /// Largest frame without its length header. A peer that declares a longer one is cut off
+    /// Largest frame without its length header, 16 KiB at the least: a walk at full width needs it. A peer that declares a longer one is cut off
     /// before memory is spent. 9 MiB: a value and a key at their limits and a few bytes.
     pub frame_bytes: usize,
     /// Largest key: 64 KiB. A change with a longer one is refused at `write`.
@@ -32,8 +32,8 @@ pub const MAX_CHANGES: usize = 65_536;
 
 /// What a frame holds beside the keys and values of its changes: array headers, tag, first
 /// revision, chain, and at most 10 bytes of headers a change.
-const FRAME_OVERHEAD: usize = 64;
-const CHANGE_OVERHEAD: usize = 10;
+pub(crate) const FRAME_OVERHEAD: usize = 64;
+pub(crate) const CHANGE_OVERHEAD: usize = 10;
 
 /// A change or batch that is too large. Names the value and the limit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -94,6 +94,21 @@ impl Limits {
         self.check_value(change.value().map_or(0, bytes::Bytes::len))
     }
 
+    pub(crate) fn check_entry(
+        &self,
+        key: &crate::Key,
+        value: &crate::Value,
+    ) -> Result<(), LimitError> {
+        self.check_key(key.len())?;
+        self.check_value(value.len())?;
+        self.check_frame(FRAME_OVERHEAD + CHANGE_OVERHEAD + key.len() + value.len()).map(drop)
+    }
+
+    fn check_frame(&self, bytes: usize) -> Result<usize, LimitError> {
+        let limit = self.frame_bytes;
+        if bytes > limit { Err(LimitError::Batch { bytes, limit }) } else { Ok(bytes) }
+    }
+
     pub(crate) fn check_key(&self, bytes: usize) -> Result<(), LimitError> {
         let limit = self.key_bytes;
         if bytes > limit { Err(LimitError::Key { bytes, limit }) } else { Ok(()) }
@@ -118,8 +133,7 @@ impl Limits {
             let value = change.value().map_or(0, bytes::Bytes::len);
             bytes += CHANGE_OVERHEAD + change.key().len() + value;
         }
-        let limit = self.frame_bytes;
-        if bytes > limit { Err(LimitError::Batch { bytes, limit }) } else { Ok(bytes) }
+        self.check_frame(bytes)
     }
 
     /// Whether an end with these limits can be sent whatever an end with `other` accepts to write.

@@ -179,7 +179,7 @@ messages! {
             revision: Revision,
             /// The chain there.
             chain: Chain,
-            /// Largest frame that I accept, in bytes.
+            /// Largest frame that I accept, and that I may send, in bytes.
             frame_bytes: u64,
             /// Largest key that I may send.
             key_bytes: u64,
@@ -200,7 +200,7 @@ messages! {
             /// More for a log; may be empty.
             text: String,
         }
-        /// Consecutive changes, as they were written. All or none of them are applied.
+        /// Consecutive changes, as they were written: whole batches. A reader gets all of them or none.
         3 Live {
             /// The revision of the first.
             first: Revision,
@@ -237,7 +237,7 @@ messages! {
             diff: DiffId,
             /// Keys to write.
             writes: u64,
-            /// Keys to delete.
+            /// Prefixes of key hashes to delete at.
             deletes: u64,
         }
         /// Some of the keys that differ, as they are in the table where the stream stands.
@@ -287,7 +287,9 @@ messages! {
 }
 
 macro_rules! codes {
-    ($(#[$doc:meta])* $name:ident { $( #[doc = $text:literal] $code:literal $variant:ident )* }) => {
+    ($(#[$doc:meta])* $name:ident, $unknown:expr, {
+        $( #[doc = $text:literal] $code:literal $variant:ident )*
+    }) => {
         $(#[$doc])*
         #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
         pub enum $name { $( #[doc = $text] $variant, )* }
@@ -302,9 +304,12 @@ macro_rules! codes {
             fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
                 match u8::deserialize(deserializer)? {
                     $( $code => Ok(Self::$variant), )*
-                    code => Err(de::Error::custom(format_args!(
-                        concat!("unknown ", stringify!($name), " {}"), code
-                    ))),
+                    code => {
+                        let unknown: Option<Self> = $unknown;
+                        unknown.ok_or_else(|| de::Error::custom(format_args!(
+                            concat!("unknown ", stringify!($name), " {}"), code
+                        )))
+                    }
                 }
             }
         }
@@ -318,8 +323,9 @@ macro_rules! codes {
 }
 
 codes! {
-    /// Why an end closes a connection or does not accept one.
-    Reason {
+    /// Why an end closes a connection or does not accept one. A code that this version does not
+    /// know is [`Reason::Other`], so that a refusal by a later one is heard.
+    Reason, Some(Self::Other), {
         /// other version
         0 Version
         /// other tree version
@@ -336,12 +342,14 @@ codes! {
         6 Silent
         /// internal failure
         7 Failed
+        /// other reason
+        255 Other
     }
 }
 
 codes! {
     /// Why a diff ended early.
-    AbortReason {
+    AbortReason, None, {
         /// the follower fell behind
         0 FellBehind
         /// the diff was asked for before the follower knew that it fell behind
@@ -352,7 +360,20 @@ codes! {
         3 Walk
         /// the server has too many diffs waiting
         4 Busy
+        /// nothing happened in the diff for too long
+        5 Stalled
     }
+}
+
+/// Longest name that a follower gives itself, in bytes: Hello fits the frames of a handshake.
+pub(crate) const NAME_BYTES: usize = 255;
+
+/// Longest text of a refusal or farewell, in bytes.
+pub(crate) const TEXT_BYTES: usize = 1024;
+
+/// The first `max` bytes of a text, less if that is within a character.
+pub(crate) fn clip(text: &str, max: usize) -> &str {
+    text.get(..text.floor_char_boundary(max)).unwrap_or(text)
 }
 
 impl ToServer {

@@ -117,7 +117,7 @@ impl ChainTag {
 
 /// What a follower presents when it comes back: this history, up to here, and the proof that what
 /// it was sent live was that history.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Position {
     /// Which history.
     pub epoch: Epoch,
@@ -125,6 +125,20 @@ pub struct Position {
     pub revision: Revision,
     /// The chain at that revision.
     pub chain: Chain,
+}
+
+// An array, and nothing else: a derived reader would take a map with the fields' names as well.
+impl Serialize for Position {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        (self.epoch, self.revision, self.chain).serialize(serializer)
+    }
+}
+
+impl<'de> Deserialize<'de> for Position {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let (epoch, revision, chain) = Deserialize::deserialize(deserializer)?;
+        Ok(Self { epoch, revision, chain })
+    }
 }
 
 /// The hashes of one change, computed once and used by tree, chain and suppression alike.

@@ -31,7 +31,7 @@ impl Replica {
     /// If the store cannot be read.
     pub fn open(store: impl Store) -> Result<Self, StoreError> {
         let reader = store.reader();
-        let tree = build(&*reader)?;
+        let tree = build(&*reader, |_, _| Ok(()))?;
         Ok(Self { store: Box::new(store), reader, tree })
     }
 

@@ -13,12 +13,13 @@
 //! | Hello | accept | close | close | close | close | close | close | close |
 //! | Subscribing | close | close | close | close | close | accept | accept | accept |
 //! | Relay | close | accept | ignore | accept | accept | accept | accept | accept |
-//! | Diff | close | close | accept | accept | accept | accept | accept | accept |
+//! | Diff | close | close | accept | accept | close | accept | accept | accept |
 //! | Closed | ignore | ignore | ignore | ignore | ignore | ignore | ignore | ignore |
 //!
 //! *Accept* still closes on what only a broken peer says: an acknowledgement of nothing, a `Verified`
-//! of no mark, a diff number used before, an answer that nobody waits for. *Ignore* in Relay is for the
-//! answer that crossed the abort of its diff.
+//! of no mark, a diff number used before, a diff asked for before the last one's roots are compared, an
+//! answer that nobody waits for. *Ignore* in Relay is for the answer that crossed the abort of its diff;
+//! one of a diff that was never asked for closes.
 //!
 //! # Why a repair under live writes is right
 //!
@@ -62,7 +63,7 @@ use crate::error::{DecodeError, ProtocolError};
 use crate::heartbeat::{Beat, Heartbeat, HeartbeatConfig};
 use crate::limits::Limits;
 use crate::log::{Chunk, FollowerId, Log, Next};
-use crate::message::{AbortReason, DiffId, Reason, ToClient, ToServer};
+use crate::message::{AbortReason, DiffId, Reason, TEXT_BYTES, ToClient, ToServer, clip};
 use crate::mutation::Mutation;
 use crate::position::{Position, Revision};
 use crate::table::Values;
@@ -83,6 +84,9 @@ pub struct SessionConfig {
     pub repair_window: u32,
     /// Most keys updated during one diff that are remembered: 1 Mi, about 40 MB. One more aborts it.
     pub updated_keys: usize,
+    /// How long a diff that runs may go without an answer, an acknowledgement, or room for a repair:
+    /// 30 s. Then it is aborted, so that others have its place.
+    pub diff_stall: Duration,
     /// When the peer is asked whether it is there, and given up.
     pub heartbeat: HeartbeatConfig,
 }
@@ -94,6 +98,7 @@ impl Default for SessionConfig {
             repair_bytes: 64 << 10,
             repair_window: 2,
             updated_keys: 1 << 20,
+            diff_stall: Duration::from_secs(30),
             heartbeat: HeartbeatConfig::default(),
         }
     }
@@ -105,10 +110,11 @@ pub(crate) const MAX_CONTROL: usize = 16;
 
 /// The server's end of one connection, without the connection.
 ///
-/// The contract: after every `handle_*` call [`Session::poll_event`] until there is none and do
-/// what the events say; whenever the connection has room, [`Session::poll_transmit`] until there is
+/// The contract: after every `handle_*` call, and after [`Session::poll_transmit`] too,
+/// [`Session::poll_event`] until there is none, and do what the events say; whenever the connection has room, [`Session::poll_transmit`] until there is
 /// nothing, and send that in its order. Frames are asked for last of all, so that what is decided
-/// about their order is decided when they go on the wire.
+/// about their order is decided when they go on the wire. A session that is dropped or closed in the
+/// middle of a diff says no [`Event::EndDiff`]: whoever drops it gives back what the diff had.
 ///
 /// ```
 /// use std::time::Duration;
@@ -150,6 +156,9 @@ pub struct Session {
     /// The mark whose root was sent last, until the follower says its own.
     verifying: Option<(Revision, Hash)>,
     heartbeat: Heartbeat,
+    /// Counts what happens in diffs; how far it was, and when, when the clock was last looked at.
+    progress: u64,
+    progressed: (u64, Duration),
     events: VecDeque<Event>,
     /// What goes out before any live change.
     control: VecDeque<ToClient>,
@@ -190,7 +199,7 @@ enum Phase {
     Repair(Repair),
     /// All repairs are sent, and the server is asked to mark the log: `SyncDone` goes out when the
     /// stream stands at the mark.
-    Mark { suppressed: u64, failed: u64, root: Option<Hash> },
+    Mark { suppressed: u64, failed: u64, mark: Option<Revision>, root: Option<Hash> },
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -209,7 +218,8 @@ struct Repair {
 /// What the actor must do.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Event {
-    /// Subscribe this follower to the log, then [`Session::handle_subscribed`] with the place from
+    /// Put what has been written into the log ([`Table::seal`](crate::Table::seal)) and subscribe
+    /// this follower to it, in one turn, then [`Session::handle_subscribed`] with the place from
     /// which it is, or [`Session::handle_close`].
     Subscribe {
         /// What it calls itself.
@@ -247,7 +257,8 @@ pub enum Event {
         /// How many bytes.
         max_bytes: usize,
     },
-    /// Mark the head of the log ([`Log::mark`]) and snapshot the server's tree, in one turn, then
+    /// Put what has been written into the log, mark its head ([`Log::mark`]) and snapshot the
+    /// server's tree, in one turn, then
     /// [`Session::handle_mark`].
     Mark(DiffId),
     /// The diff is over: stop its Differ, give its place back, [`Log::unmark`].
@@ -317,6 +328,8 @@ impl Session {
             mark_due: None,
             verifying: None,
             heartbeat: Heartbeat::new(config.heartbeat, now),
+            progress: 0,
+            progressed: (0, now),
             events: VecDeque::new(),
             control: VecDeque::new(),
             #[cfg(feature = "mutations")]
@@ -349,7 +362,7 @@ impl Session {
     pub fn handle_malformed(&mut self, error: &DecodeError) {
         let version = matches!(error, DecodeError::Version { .. });
         let reason = if version { Reason::Version } else { Reason::Protocol };
-        self.close(reason, error.to_string());
+        self.handle_close(reason, error.to_string());
     }
 
     fn accept(&mut self, message: ToServer) -> Result<(), ProtocolError> {
@@ -375,7 +388,7 @@ impl Session {
             }
             (State::Subscribing, _) | (_, ToServer::Hello { .. }) => return Err(unexpected),
             (State::Relay, ToServer::SyncReq { diff, jumps, full, root, len })
-                if diff > self.last_diff =>
+                if diff > self.last_diff && self.mark_due.is_none() && self.verifying.is_none() =>
             {
                 self.last_diff = diff;
                 self.request(diff, jumps, full, root, len)
@@ -389,8 +402,12 @@ impl Session {
             // It crossed the abort of its diff.
             (state, ToServer::SyncResponse { diff, .. }) if diff <= self.last_diff => state,
             (_, ToServer::SyncResponse { .. }) => return Err(unexpected),
+            (_, ToServer::RepairAck { diff, .. }) if diff != self.last_diff => {
+                return Err(unexpected);
+            }
             (state, ToServer::RepairAck { .. }) => {
                 self.unacknowledged = self.unacknowledged.checked_sub(1).ok_or(unexpected)?;
+                self.progress += 1;
                 state
             }
             (state, ToServer::Verified { revision, root }) => {
@@ -408,6 +425,7 @@ impl Session {
     /// An answer for the Differ, if one is waited for.
     fn answered(&mut self, mut at: Box<Diff>, answer: Answer) -> Option<Box<Diff>> {
         let Phase::Walk { asked } = &mut at.phase else { return None };
+        self.progress += 1;
         std::mem::take(asked).then(|| {
             self.events.push_back(Event::Answer(at.id, answer));
             at
@@ -431,8 +449,8 @@ impl Session {
             let text = format!("peer has tree version {tree}, this end {TREE_VERSION}");
             self.close(Reason::Tree, text);
         } else if !fits {
-            let (frame, key, value) = (frame_bytes, key_bytes, value_bytes);
-            self.close(Reason::Limits, ProtocolError::Limits { frame, key, value }.to_string());
+            let theirs = (frame_bytes, key_bytes, value_bytes);
+            self.close(Reason::Limits, limits_text(theirs, limits));
         } else {
             self.events.push_back(Event::Subscribe { name, position });
             return State::Subscribing;
@@ -482,6 +500,7 @@ impl Session {
             // In this order: record, then snapshot.
             at.recording = !late;
             at.phase = Phase::Snapshot;
+            self.progress += 1;
             self.control.push_back(ToClient::SyncStart { diff });
             self.events.push_back(Event::Snapshot(diff));
         }
@@ -569,18 +588,23 @@ impl Session {
     /// The log is marked at this revision, and this is the server's tree there. The stream may have
     /// passed it meanwhile.
     pub fn handle_mark(&mut self, diff: DiffId, revision: Revision, tree: Tree) {
-        let waiting = self.mark_due == Some(revision);
-        if waiting || self.diff(diff).is_some_and(|at| matches!(at.phase, Phase::Mark { .. })) {
-            self.events.push_back(Event::Root(revision, tree));
+        if let Some(at) = self.diff(diff)
+            && let Phase::Mark { mark, .. } = &mut at.phase
+        {
+            *mark = Some(revision);
+        } else if self.mark_due != Some(revision) {
+            return;
         }
+        self.events.push_back(Event::Root(revision, tree));
     }
 
-    /// The root of the tree at a mark.
+    /// The root of the tree at a mark. That of an earlier diff's mark may come late, and is of no use.
     pub fn handle_root(&mut self, revision: Revision, root: Hash) {
         if self.mark_due == Some(revision) {
             self.verify(revision, root);
         } else if let State::Diff(at) = &mut self.state
-            && let Phase::Mark { root: early, .. } = &mut at.phase
+            && let Phase::Mark { mark, root: early, .. } = &mut at.phase
+            && *mark == Some(revision)
         {
             // The follower has not been told of the mark yet.
             *early = Some(root);
@@ -597,7 +621,13 @@ impl Session {
 
     /// When to call [`Session::handle_timeout`] next; `None` when closed.
     pub fn poll_timeout(&self) -> Option<Duration> {
-        (self.state != State::Closed).then(|| self.heartbeat.next())
+        match &self.state {
+            State::Closed => None,
+            State::Hello | State::Subscribing | State::Relay => Some(self.heartbeat.next()),
+            State::Diff(_) => {
+                Some(self.heartbeat.next().min(self.progressed.1 + self.config.diff_stall))
+            }
+        }
     }
 
     /// It is this late now.
@@ -605,12 +635,28 @@ impl Session {
         if self.state == State::Closed {
             return;
         }
+        self.watch_diff(now);
         match self.heartbeat.beat(now) {
             Beat::Quiet => {}
             // Before the handshake there is nobody to ask: silence is counted all the same.
             Beat::Ping if matches!(self.state, State::Hello) => {}
             Beat::Ping => self.control.push_back(ToClient::Ping {}),
             Beat::Dead => self.close(Reason::Silent, String::new()),
+        }
+    }
+
+    /// Aborts a diff that has a place and makes no use of it.
+    fn watch_diff(&mut self, now: Duration) {
+        let (counted, since) = self.progressed;
+        match &self.state {
+            State::Diff(at) if at.phase != Phase::Queued && counted == self.progress => {
+                if now.saturating_sub(since) >= self.config.diff_stall {
+                    self.abort(at.id, AbortReason::Stalled);
+                }
+            }
+            State::Diff(_) | State::Hello | State::Subscribing | State::Relay | State::Closed => {
+                self.progressed = (self.progress, now)
+            }
         }
     }
 
@@ -623,6 +669,7 @@ impl Session {
 
     fn close(&mut self, reason: Reason, text: String) {
         self.state = State::Closed;
+        let text = clip(&text, TEXT_BYTES).to_owned();
         let said = text.clone();
         self.control.push_back(if self.welcomed {
             ToClient::Farewell { reason, text: said }
@@ -693,7 +740,7 @@ impl Session {
     /// Rule 6.
     fn end_at_mark(&mut self, log: &Log) {
         let State::Diff(at) = &self.state else { return };
-        let Phase::Mark { suppressed, failed, root } = at.phase else { return };
+        let Phase::Mark { suppressed, failed, root, .. } = at.phase else { return };
         let diff = at.id;
         let Some((revision, chain)) = log.marked(self.follower, diff) else { return };
         if self.cursor < revision.next() {
@@ -728,6 +775,7 @@ impl Session {
             repair.suppressed += (read - values.writes.len() - values.deletes.len()) as u64;
         }
         repair.turn = log.head();
+        self.progress += 1;
         let diff = at.id;
         if !values.writes.is_empty() || !values.deletes.is_empty() {
             self.unacknowledged += 1;
@@ -738,7 +786,8 @@ impl Session {
 
     /// Asks for the next repairs, or for the mark when all have been sent.
     fn read_on(&mut self, diff: DiffId) {
-        let max_bytes = self.config.repair_bytes;
+        let fits = self.config.limits.frame_bytes.saturating_sub(limits::FRAME_OVERHEAD);
+        let max_bytes = self.config.repair_bytes.min(fits);
         let Some(at) = self.diff(diff) else { return };
         let Phase::Repair(repair) = &mut at.phase else { return };
         if repair.next < repair.found.len() {
@@ -747,7 +796,8 @@ impl Session {
         } else {
             // A value that could not be read is no loss if a live change of its key came by.
             let failed = repair.failed.difference(&at.updated).count() as u64;
-            at.phase = Phase::Mark { suppressed: repair.suppressed, failed, root: None };
+            at.phase =
+                Phase::Mark { suppressed: repair.suppressed, failed, mark: None, root: None };
             at.recording = false;
             at.updated.clear();
             self.events.push_back(Event::Mark(diff));
@@ -825,6 +875,16 @@ impl State {
             Self::Closed => "Closed",
         }
     }
+}
+
+/// Both ends' limits, for whoever has to change one of them.
+pub(crate) fn limits_text(theirs: (u64, u64, u64), ours: &Limits) -> String {
+    let (frame, key, value) = theirs;
+    let Limits { frame_bytes, key_bytes, value_bytes, .. } = ours;
+    format!(
+        "peer's frames, keys and values are of up to {frame}, {key} and {value} bytes, \
+         this end's of up to {frame_bytes}, {key_bytes} and {value_bytes}"
+    )
 }
 
 fn any_covered(updated: &BTreeSet<KeyHash>, prefix: KeyPrefix) -> bool {

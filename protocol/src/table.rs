@@ -6,11 +6,11 @@ use std::sync::Arc;
 
 use crate::change::{Change, Key, Value};
 use crate::diff::Difference;
-use crate::limits::{LimitError, Limits};
+use crate::limits::{CHANGE_OVERHEAD, LimitError, Limits};
 use crate::log::Chunk;
 use crate::position::{Chain, Digest, Epoch, Position, Revision};
 use crate::store::{Reader, Store, StoreError};
-use crate::tree::{Hash, KeyHash, KeyPrefix, Tree};
+use crate::tree::{Entry, Hash, KeyHash, KeyPrefix, Tree};
 use crate::wire::LiveFrame;
 
 /// Single changes are put together into frames of up to about this size: about as much as a
@@ -67,6 +67,8 @@ struct OpenFrame {
     first: Revision,
     before: Chain,
     keys: Vec<KeyHash>,
+    /// How large the frame is at most.
+    bytes: usize,
 }
 
 /// What a turn of the server read for a repair: the state of some keys at one revision.
@@ -91,10 +93,10 @@ impl Table {
     /// A table of what a store holds already. Builds its tree in bulk.
     ///
     /// # Errors
-    /// If the store cannot be read.
+    /// If the store cannot be read, or holds something that is too large to be sent.
     pub fn open(store: impl Store, limits: Limits) -> Result<Self, StoreError> {
         let reader = store.reader();
-        let tree = build(&*reader)?;
+        let tree = build(&*reader, |key, value| limits.check_entry(key, value))?;
         Ok(Self {
             store: Box::new(store),
             reader,
@@ -108,6 +110,7 @@ impl Table {
                 first: Revision::ZERO.next(),
                 before: Chain::START,
                 keys: Vec::new(),
+                bytes: 0,
             },
             sealed: VecDeque::new(),
         })
@@ -127,7 +130,7 @@ impl Table {
     pub fn write(&mut self, changes: &[Change]) -> Result<(), WriteError> {
         let bytes = self.limits.check_batch(changes)?;
         self.store.apply(changes)?;
-        if self.open.frame.bytes() + bytes > LIVE_FRAME_BYTES {
+        if self.open.bytes + bytes > LIVE_FRAME_BYTES.min(self.limits.frame_bytes) {
             self.seal();
         }
         for change in changes {
@@ -140,6 +143,9 @@ impl Table {
                 self.open.keys.push(digest.key);
             }
         }
+        if self.epoch.is_some() {
+            self.open.bytes += bytes;
+        }
         Ok(())
     }
 
@@ -149,7 +155,7 @@ impl Table {
         if self.open.keys.is_empty() {
             return;
         }
-        let OpenFrame { frame, first, before, keys } = &mut self.open;
+        let OpenFrame { frame, first, before, keys, bytes } = &mut self.open;
         let chunk = Chunk {
             first: *first,
             before: *before,
@@ -157,6 +163,7 @@ impl Table {
             keys: keys.as_slice().into(),
         };
         keys.clear();
+        *bytes = 0;
         (*first, *before) = (self.head.next(), self.chain);
         self.sealed.push_back((chunk, self.chain));
     }
@@ -205,7 +212,7 @@ impl Table {
                 let hash = KeyHash::of(key);
                 match self.checked_value(&hash, key) {
                     Ok(Some(value)) => {
-                        let size = key.len() + value.len();
+                        let size = key.len() + value.len() + CHANGE_OVERHEAD;
                         if bytes > 0 && bytes + size > max_bytes {
                             break;
                         }
@@ -250,11 +257,16 @@ impl fmt::Debug for Table {
 }
 
 /// The tree of what a store holds.
-pub(crate) fn build(reader: &dyn Reader) -> Result<Tree, StoreError> {
-    reader
-        .snapshot()
-        .map(|entry| entry.map(|(key, value)| crate::tree::Entry::new(&key, &value)))
-        .collect()
+pub(crate) fn build(
+    reader: &dyn Reader,
+    check: impl Fn(&Key, &Value) -> Result<(), LimitError>,
+) -> Result<Tree, StoreError> {
+    let entry = |entry: Result<(Key, Value), StoreError>| {
+        let (key, value) = entry?;
+        check(&key, &value).map_err(StoreError::new)?;
+        Ok(Entry::new(&key, &value))
+    };
+    reader.snapshot().map(entry).collect()
 }
 
 /// Does to a tree what a change did to its store.

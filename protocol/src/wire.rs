@@ -79,7 +79,9 @@ pub fn decode<M: Message>(payload: &[u8], limits: &Limits) -> Result<M, DecodeEr
         other_version::<M>(payload)
             .unwrap_or_else(|| DecodeError::Malformed { bytes, why: error.to_string() })
     })?;
-    match IgnoredAny::deserialize(&mut decoder) {
+    // Only where there is no further byte does the decoder miss the marker of a truth value: it looks
+    // into nothing that is longer.
+    match bool::deserialize(&mut decoder) {
         Err(rmp_serde::decode::Error::InvalidMarkerRead(_)) => {}
         Ok(_) | Err(_) => return Err(DecodeError::Trailing { bytes }),
     }

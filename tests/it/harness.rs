@@ -96,3 +96,82 @@ pub async fn assert_converges(server: &Server, client: &Client) {
     assert_eq!(ours.len(), theirs.len());
     assert!(ours == theirs, "the tables differ");
 }
+
+/// Stands between a follower and its server: it can stop the server's bytes, and cut.
+pub struct Proxy {
+    pub address: SocketAddr,
+    /// `Some(bytes)`: so many more bytes go to the follower, then the server's socket is not read.
+    gate: tokio::sync::watch::Sender<Gate>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Gate {
+    Open,
+    /// Nothing of what the server sends is read.
+    Stopped,
+    /// Every connection is closed at once; new ones are let through again when it opens.
+    Cut,
+}
+
+impl Proxy {
+    pub async fn start(server: SocketAddr) -> Self {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let (gate, watch) = tokio::sync::watch::channel(Gate::Open);
+        actix_rt::spawn(async move {
+            while let Ok((follower, _)) = listener.accept().await {
+                if *watch.borrow() == Gate::Cut {
+                    continue;
+                }
+                let watch = watch.clone();
+                actix_rt::spawn(async move {
+                    let Ok(server) = tokio::net::TcpStream::connect(server).await else { return };
+                    server.set_nodelay(true).unwrap();
+                    follower.set_nodelay(true).unwrap();
+                    let mut cut = watch.clone();
+                    tokio::select! {
+                        () = forward(follower, server, watch) => {}
+                        _ = cut.wait_for(|gate| *gate == Gate::Cut) => {}
+                    }
+                });
+            }
+        });
+        Self { address, gate }
+    }
+
+    pub fn set(&self, gate: Gate) {
+        self.gate.send_replace(gate);
+    }
+}
+
+async fn forward(
+    follower: tokio::net::TcpStream,
+    server: tokio::net::TcpStream,
+    mut gate: tokio::sync::watch::Receiver<Gate>,
+) {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    let (mut from_follower, mut to_follower) = follower.into_split();
+    let (mut from_server, mut to_server) = server.into_split();
+    let up = tokio::io::copy(&mut from_follower, &mut to_server);
+    let down = async {
+        let mut buffer = vec![0; 16 << 10];
+        while gate.wait_for(|gate| *gate != Gate::Stopped).await.is_ok() {
+            tokio::select! {
+                biased;
+                _ = gate.changed() => {}
+                read = from_server.read(&mut buffer) => match read {
+                    Ok(0) | Err(_) => return,
+                    Ok(read) => {
+                        if to_follower.write_all(&buffer[..read]).await.is_err() {
+                            return;
+                        }
+                    }
+                }
+            }
+        }
+    };
+    tokio::select! {
+        _ = up => {}
+        () = down => {}
+    }
+}

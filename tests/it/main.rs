@@ -12,5 +12,10 @@
     reason = "a test fails by panicking, and its numbers are small"
 )]
 
+mod diff;
 mod harness;
+mod limits;
+mod model;
+mod reconnect;
 mod stream;
+mod tidy;

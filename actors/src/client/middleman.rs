@@ -148,7 +148,10 @@ impl Middleman {
         let Some(link) = &mut self.link else { return Ok(false) };
         let before = link.framed.received;
         for _ in 0..TURNS {
-            if link.closing.is_some() || link.waiting >= self.config.inbox_bytes {
+            let ClientConfig { inbox_bytes, limits, .. } = &*self.config;
+            // A server that asks and does not read is not read from either.
+            let unread = link.framed.queued() > inbox_bytes + limits.answer_bytes;
+            if link.closing.is_some() || link.waiting >= *inbox_bytes || unread {
                 return Ok(false);
             }
             let Poll::Ready(frame) = link.framed.poll_frame(cx)? else {

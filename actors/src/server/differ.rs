@@ -28,6 +28,7 @@ pub(crate) struct Order {
     pub(crate) root: Hash,
     pub(crate) len: u64,
     pub(crate) full: bool,
+    pub(crate) max_bytes: usize,
 }
 
 /// The actor.
@@ -59,8 +60,8 @@ impl Actor for Differ {
     type Context = Context<Self>;
 
     fn started(&mut self, ctx: &mut Context<Self>) {
-        if let Some(Order { tree, root, len, full, .. }) = self.order.take() {
-            let (walk, step) = Walk::new(tree, root, len, full);
+        if let Some(Order { tree, root, len, full, max_bytes, .. }) = self.order.take() {
+            let (walk, step) = Walk::new(tree, root, len, full, max_bytes);
             self.walk = Some(walk);
             self.say(step, ctx);
         }

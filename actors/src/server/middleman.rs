@@ -132,7 +132,9 @@ impl Middleman {
                 Event::Admit(diff) => self.ask(diff, Question::Admit),
                 Event::Snapshot(diff) => self.ask(diff, Question::Snapshot),
                 Event::Walk { diff, tree, root, len, full } => {
-                    self.start_differ(Order { diff, tree, root, len, full }, ctx);
+                    // A follower that accepts less than this end has been refused.
+                    let max_bytes = self.shared.config.session.limits.frame_bytes / 2;
+                    self.start_differ(Order { diff, tree, root, len, full, max_bytes }, ctx);
                 }
                 Event::Answer(_, answer) => {
                     if let Some(differ) = &self.differ {
@@ -188,8 +190,8 @@ impl Middleman {
 
     fn start_differ(&mut self, order: Order, ctx: &Context<Self>) {
         let arbiters = &self.shared.differs;
-        let number = self.follower.0 as usize;
-        if let Some(arbiter) = arbiters.get(number % arbiters.len().max(1)) {
+        let number = self.follower.0 % arbiters.len().max(1) as u64;
+        if let Some(arbiter) = usize::try_from(number).ok().and_then(|n| arbiters.get(n)) {
             let middleman = ctx.address();
             let start = move |_: &mut Context<Differ>| Differ::new(order, middleman);
             self.differ = Some(Differ::start_in_arbiter(arbiter, start));

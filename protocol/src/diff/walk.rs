@@ -8,9 +8,12 @@ use crate::change::Key;
 use crate::error::ProtocolError;
 use crate::tree::{Entry, Hash, KeyPrefix, Path, Subtree, Tree};
 
-/// Most nodes in one query: their paths take up to 16 MiB at the greatest depth, 3 MiB at the
-/// depth at which a table can have so many.
-const MAX_NODES: usize = 1 << 20;
+/// Most bytes of paths in one query, whatever a frame may hold: more are asked for in the next.
+const QUERY_BYTES: usize = 1 << 20;
+
+/// Most nodes that may be found to differ on one level, about 70 MB of paths: more than a follower has
+/// that has 60 million keys that the server lacks. A hostile one can make the server remember no more.
+const MAX_BELOW: usize = 1 << 22;
 
 /// A table of at least this many keys has its first two levels asked for at once: they are full,
 /// and cost 1.5 kB. A smaller one is through in two rounds anyway.
@@ -27,7 +30,7 @@ const TWO_LEVELS: u64 = 4096;
 /// follower.remove(&7_u32.to_be_bytes());
 /// follower.insert(b"extra", b"value");
 ///
-/// let (mut walk, mut step) = Walk::new(server, follower.root(), follower.len() as u64, false);
+/// let (mut walk, mut step) = Walk::new(server, follower.root(), follower.len() as u64, false, 1 << 20);
 /// let difference = loop {
 ///     match step {
 ///         Step::Ask(query) => {
@@ -46,8 +49,11 @@ pub struct Walk {
     widths: Widths,
     small: u32,
     levels: u8,
+    query_bytes: usize,
     /// The nodes of the query in flight, all at one depth.
     asked: Vec<Path>,
+    /// How many of them are answered.
+    answered: usize,
     /// Nodes found to differ below those, to be asked for when all of them are answered.
     below: Vec<Path>,
     found: Difference,
@@ -66,7 +72,9 @@ impl Walk {
     /// Begins a walk against a follower whose snapshot has this root and length, and decides the
     /// first step. Equal roots and an empty follower end it at once: what `SyncReq` brought is
     /// enough.
-    pub fn new(tree: Tree, root: Hash, len: u64, full: bool) -> (Self, Step) {
+    ///
+    /// `max_bytes` is the largest query: what a frame may hold, less its header.
+    pub fn new(tree: Tree, root: Hash, len: u64, full: bool, max_bytes: usize) -> (Self, Step) {
         let widths = if full { Widths::FULL } else { Widths::SHORT };
         // Everything the follower has is to go: its entries at once, as far as an answer holds.
         let small = if tree.is_empty() { u32::MAX } else { SMALL };
@@ -76,7 +84,9 @@ impl Walk {
             widths,
             small,
             levels,
+            query_bytes: max_bytes.min(QUERY_BYTES),
             asked: Vec::new(),
+            answered: 0,
             below: Vec::new(),
             found: Difference::default(),
         };
@@ -101,11 +111,11 @@ impl Walk {
     /// If the answer is malformed. The walk is of no use then.
     pub fn handle_answer(&mut self, answer: &Answer) -> Result<Step, ProtocolError> {
         let mut reader = Reader { bytes: answer };
-        let mut answered = 0;
-        let asked = std::mem::take(&mut self.asked);
+        let before = self.answered;
         while !reader.bytes.is_empty() {
-            let path = asked.get(answered).ok_or(malformed("it covers more nodes than asked"))?;
-            answered += 1;
+            let more = malformed("it covers more nodes than asked");
+            let path = self.asked.get(self.answered).ok_or(more)?;
+            self.answered += 1;
             let ours = self.tree.subtree(path);
             let Self { widths, levels, below, found, .. } = self;
             match reader.varint()?.checked_sub(1) {
@@ -119,22 +129,27 @@ impl Walk {
                 }
             }
         }
-        if answered == 0 && !asked.is_empty() {
+        if self.below.len() > MAX_BELOW {
+            return Err(malformed("more nodes differ than a server remembers"));
+        }
+        if self.answered == before && before < self.asked.len() {
             return Err(malformed("it covers no node"));
         }
-        self.asked = asked.get(answered..).unwrap_or_default().to_vec();
-        if self.asked.is_empty() {
+        if self.answered == self.asked.len() {
             self.asked = std::mem::take(&mut self.below);
+            self.answered = 0;
             self.levels = 1;
         }
         Ok(self.step())
     }
 
     fn step(&mut self) -> Step {
-        let Some(first) = self.asked.first() else {
+        let open = self.asked.get(self.answered..).unwrap_or_default();
+        let Some(first) = open.first() else {
             return Step::Done(std::mem::take(&mut self.found));
         };
-        let asked = self.asked.iter().take(MAX_NODES);
+        let nodes = (self.query_bytes / first.packed().len().max(1)).max(1);
+        let asked = open.iter().take(nodes);
         Step::Ask(Query {
             depth: u8::try_from(first.depth()).unwrap_or(u8::MAX),
             levels: self.levels,

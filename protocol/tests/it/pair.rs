@@ -547,7 +547,7 @@ impl World {
         let step = match &mut differ.walk {
             None => {
                 let Differ { tree, root, len, full, .. } = differ;
-                let (walk, step) = Walk::new(tree.clone(), *root, *len, *full);
+                let (walk, step) = Walk::new(tree.clone(), *root, *len, *full, 60);
                 differ.walk = Some(walk);
                 Some(step)
             }
@@ -602,7 +602,7 @@ impl World {
                 Output::Connected(_) | Output::FellBehind(_) => follower.wants_diff = true,
                 Output::Apply { first, changes } => self.apply(index, first, &changes)?,
                 Output::Repair { diff, changes } => self.repair(index, diff, &changes)?,
-                Output::Answer { diff, tree, query } => {
+                Output::Answer { diff, tree, query, .. } => {
                     link.work.push_back(Work::Answer(diff, tree, query));
                 }
                 Output::Root(diff, tree) => {

@@ -17,7 +17,7 @@ pub struct Walked {
 
 pub fn walk(server: &Tree, follower: &Tree, full: bool, max_bytes: usize) -> Walked {
     let (mut walk, mut step) =
-        Walk::new(server.clone(), follower.root(), follower.len() as u64, full);
+        Walk::new(server.clone(), follower.root(), follower.len() as u64, full, 1 << 20);
     let (mut rounds, mut query_bytes, mut answer_bytes) = (0, 0, 0);
     loop {
         match step {
@@ -92,7 +92,7 @@ proptest! {
         widths in (0_u8..30, 0_u8..30, 0_u8..30),
     ) {
         let server = Tree::build((0..500_u32).map(|n| (n.to_be_bytes(), "server")));
-        let (mut walk, _) = Walk::new(server.clone(), Tree::new().root(), 1, false);
+        let (mut walk, _) = Walk::new(server.clone(), Tree::new().root(), 1, false, 1 << 20);
         let mut bytes = bytes::Bytes::from(bytes);
         // A walk goes on as long as the answers are well-formed, whatever they say.
         for _ in 0..20 {

@@ -4,8 +4,8 @@ use proptest::prelude::*;
 use tablecast_protocol::diff::{Query, Widths};
 use tablecast_protocol::wire::{self, Changes, HEADER_BYTES, LiveFrame, Message, Raw, VERSION};
 use tablecast_protocol::{
-    AbortReason, Chain, Change, DecodeError, DiffId, Epoch, Hash, Limits, MAX_CHANGES, Position,
-    Reason, Revision, ToClient, ToServer,
+    AbortReason, Chain, Change, DecodeError, DiffId, Epoch, Hash, Limits, MAX_CHANGES, MemoryStore,
+    Position, Reason, Revision, Table, ToClient, ToServer,
 };
 
 fn bytes() -> impl Strategy<Value = bytes::Bytes> {
@@ -191,6 +191,84 @@ fn another_version_is_named_whatever_comes_behind_it() {
 }
 
 #[test]
+fn nothing_comes_behind_a_message() {
+    let refused = |behind: &[u8]| {
+        for more in [0, 10] {
+            let bytes = [&[0x91, 5], behind, &vec![0xc0; more]].concat();
+            let trailing = Err(DecodeError::Trailing { bytes: bytes.len() });
+            assert_eq!(
+                wire::decode::<ToServer>(&bytes, &Limits::default()),
+                trailing,
+                "{bytes:x?}"
+            );
+        }
+    };
+    (0..=255).for_each(|byte| refused(&[byte]));
+    // The beginning of an array, and of a map.
+    refused(&[0xdd, 0, 1, 0, 0]);
+    refused(&[0xdf, 0, 1, 0, 0]);
+}
+
+#[test]
+fn maps_are_no_messages() {
+    let limits = Limits::default();
+    let text = |text: &str| [&[0xa0 | text.len() as u8], text.as_bytes()].concat();
+    let position = |epoch: &[u8], revision: &[u8], chain: &[u8], header| {
+        let mut hello = payload(&ToServer::hello("", &limits, None));
+        assert_eq!(hello.pop(), Some(0xc0));
+        let epoch = [epoch, &[0xc4, 16], &[1; 16]].concat();
+        let chain = [chain, &[0xc4, 24], &[2; 24]].concat();
+        let bytes = [&hello[..], &[header], &epoch, revision, &[9], &chain].concat();
+        wire::decode::<ToServer>(&bytes, &limits)
+    };
+    assert!(position(&[], &[], &[], 0x93).is_ok());
+    let named = position(&text("epoch"), &text("revision"), &text("chain"), 0x83);
+    assert!(matches!(named, Err(DecodeError::Malformed { .. })), "{named:?}");
+
+    let query = |bytes: &[&[u8]]| {
+        wire::decode::<ToClient>(&[&[0x93, 6, 1][..], &bytes.concat()].concat(), &limits)
+    };
+    let (list, raw) = ([0x93, 6, 6, 4], [0xc4, 0]);
+    assert!(query(&[&[0x95, 0, 1, 32], &list, &raw]).is_ok());
+    let map = |widths: &[u8]| {
+        query(&[
+            &[0x85],
+            &[text("depth"), vec![0], text("levels"), vec![1], text("small"), vec![32]].concat(),
+            &text("widths"),
+            widths,
+            &text("nodes"),
+            &raw,
+        ])
+    };
+    let widths = [&[0x83], &text("node")[..], &[6], &text("key"), &[6], &text("entry"), &[4]];
+    let widths = widths.concat();
+    for query in [map(&list), map(&widths), query(&[&[0x95, 0, 1, 32], &widths, &raw])] {
+        assert!(matches!(query, Err(DecodeError::Malformed { .. })), "{query:?}");
+    }
+    // [{}], {0: 1}
+    assert!(wire::decode::<ToServer>(&[0x91, 0x80], &limits).is_err());
+    assert!(wire::decode::<ToServer>(&[0x81, 5, 1], &limits).is_err());
+}
+
+#[test]
+fn a_refusal_of_a_later_version_is_heard() {
+    let limits = Limits::default();
+    for code in [&[8][..], &[100], &[0xcc, 254], &[0xcc, 255]] {
+        let bytes = [&[0x93, 1], code, &[0xa5], b"later"].concat();
+        let refuse = ToClient::Refuse { reason: Reason::Other, text: "later".to_owned() };
+        assert_eq!(wire::decode(&bytes, &limits), Ok(refuse));
+        let bytes = [&[0x93, 7], code, &[0xa5], b"later"].concat();
+        let farewell = ToServer::Farewell { reason: Reason::Other, text: "later".to_owned() };
+        assert_eq!(wire::decode(&bytes, &limits), Ok(farewell));
+    }
+    let other = ToClient::Refuse { reason: Reason::Other, text: String::new() };
+    assert_eq!(payload(&other), [0x93, 1, 0xcc, 255, 0xa0]);
+    // A code is one byte, and those of an abort are of this version.
+    assert!(wire::decode::<ToClient>(&[0x93, 1, 0xcd, 1, 0, 0xa0], &limits).is_err());
+    assert!(wire::decode::<ToClient>(&[0x93, 10, 1, 99], &limits).is_err());
+}
+
+#[test]
 fn declared_lengths_cost_nothing() {
     let limits = Limits::default();
     let hostile: &[&[u8]] = &[
@@ -239,4 +317,43 @@ fn too_many_changes_and_too_long_values_are_refused() {
     let long = payload(&live(vec![Change::write("k", "four")]));
     let error = wire::decode::<ToClient>(&long, &limits).unwrap_err();
     assert_eq!(error.to_string(), "value of 4 bytes is above the limit of 3");
+}
+
+#[test]
+fn frames_are_within_their_limit() {
+    let limits = Limits { frame_bytes: 1000, ..Limits::default() };
+    let mut table = Table::open(MemoryStore::new(), limits).unwrap();
+    table.ready(Epoch::from_bytes([7; 16]));
+    for number in 0..100_u8 {
+        table
+            .write(&[Change::write(vec![number], vec![number; usize::from(number % 40)])])
+            .unwrap();
+    }
+    table.seal();
+    let (mut changes, mut chunks) = (0, 0);
+    while let Some((chunk, _)) = table.next_chunk() {
+        let payload = &chunk.frame[HEADER_BYTES..];
+        assert!(payload.len() <= limits.frame_bytes, "{}", payload.len());
+        assert!(matches!(wire::decode(payload, &limits), Ok(ToClient::Live { .. })));
+        (changes, chunks) = (changes + chunk.keys.len(), chunks + 1);
+    }
+    assert_eq!(changes, 100);
+    assert!((3..50).contains(&chunks), "{chunks}");
+}
+
+#[test]
+fn what_a_store_holds_already_is_within_the_limits() {
+    let limits = Limits { key_bytes: 3, value_bytes: 4, ..Limits::default() };
+    let open = |key: &'static str, value: &'static str| {
+        let store: MemoryStore = [("a", "1"), (key, value)]
+            .map(|(key, value)| (key.into(), value.into()))
+            .into_iter()
+            .collect();
+        Table::open(store, limits).map(drop).map_err(|error| error.to_string())
+    };
+    assert_eq!(open("key", "four"), Ok(()));
+    let error = open("key", "value").unwrap_err();
+    assert!(error.contains("value of 5 bytes is above the limit of 4"), "{error}");
+    let error = open("keys", "four").unwrap_err();
+    assert!(error.contains("key of 4 bytes is above the limit of 3"), "{error}");
 }

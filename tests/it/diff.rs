@@ -1,0 +1,188 @@
+//! Repair beside the live stream, over real TCP.
+
+use std::sync::{Arc, Mutex};
+
+use tablecast::{
+    Change, Client, DiffError, DiffOutcome, Error, Event, MemoryStore, Reader, ServerConfig, Store,
+    StoreError, access::tcp::TcpAccess,
+};
+
+use crate::harness::{
+    Gate, Proxy, assert_converges, connect, entries, event, filled, follower, key, quick, report,
+    serve, within,
+};
+
+#[actix_rt::test]
+async fn a_diff_reports_what_it_did() {
+    let (server, address) = serve(ServerConfig::default(), filled(5000)).await;
+    let client = follower(address, filled(5000));
+    let first = connect(&client).await;
+    assert_eq!((first.rounds, first.written, first.deleted, first.failed), (1, 0, 0, 0));
+    assert!(first.equal());
+    assert!(first.bytes_sent + first.bytes_received < 200, "{first:?}");
+
+    for number in 0..30 {
+        client.write(key(number), "other").await.unwrap();
+        client.delete(key(1000 + number)).await.unwrap();
+        client.write(key(9000 + number), "extra").await.unwrap();
+    }
+    let DiffOutcome::Done(report) = client.diff().await.unwrap() else { panic!("aborted") };
+    assert_eq!((report.written, report.deleted, report.suppressed), (60, 30, 0));
+    assert!(report.equal() && report.rounds > 1 && report.rounds <= 6, "{report:?}");
+    assert!(report.bytes_received > 60 * 12);
+    assert_eq!(client.status().await.unwrap().last_diff, Some(DiffOutcome::Done(report)));
+    assert_converges(&server, &client).await;
+}
+
+#[actix_rt::test]
+async fn only_one_diff_at_a_time_and_only_when_connected() {
+    let (_server, address) = serve(ServerConfig::default(), filled(20_000)).await;
+    let client = follower(address, MemoryStore::new());
+    let disconnected = client.diff().await.unwrap_err();
+    assert!(matches!(disconnected, Error::Diff(DiffError::Disconnected)), "{disconnected}");
+    let mut events = client.events().await.unwrap();
+    client.ready().await.unwrap();
+    event(&mut events, |event| matches!(event, Event::Connected(_)).then_some(())).await;
+    // The diff that follows a connect brings 20,000 keys, so it is still under way.
+    let busy = client.diff().await.unwrap_err();
+    assert!(matches!(busy, Error::Diff(DiffError::AlreadyDiffing)), "{busy}");
+    assert_eq!(report(&mut events).await.written, 20_000);
+}
+
+/// Writes to every tenth key until told to stop.
+fn keep_writing(server: &tablecast::Server, keys: usize) -> tokio::sync::oneshot::Sender<()> {
+    let (stop, mut stopped) = tokio::sync::oneshot::channel();
+    let server = server.clone();
+    actix_rt::spawn(async move {
+        for number in 0.. {
+            if stopped.try_recv() != Err(tokio::sync::oneshot::error::TryRecvError::Empty) {
+                return;
+            }
+            let key = key(number * 10 % keys);
+            if number % 7 == 0 {
+                server.delete(key).await.unwrap();
+            } else {
+                server.write(key, format!("live-{number}")).await.unwrap();
+            }
+        }
+    });
+    stop
+}
+
+#[actix_rt::test]
+async fn several_followers_diff_at_once_while_writes_go_on() {
+    let config = ServerConfig { diffs_at_once: 2, ..ServerConfig::default() };
+    let (server, address) = serve(config, filled(5000)).await;
+    let writing = keep_writing(&server, 5000);
+    let mut clients = Vec::new();
+    for number in 0..6 {
+        // Each lacks another part, and has keys of its own.
+        let mut store: Vec<_> = entries(&filled(5000)).into_iter().skip(number * 700).collect();
+        store.extend((0..100).map(|extra| (key(100_000 + number * 100 + extra), "x".into())));
+        clients.push(follower(address, store.into_iter().collect()));
+    }
+    let reports = futures_util::future::join_all(clients.iter().map(connect)).await;
+    for report in &reports {
+        assert!(report.equal(), "{report:?}");
+    }
+    for round in 0..5 {
+        for (number, client) in clients.iter().enumerate() {
+            client.write(key(round * 50 + number), "broken").await.unwrap();
+        }
+        let diffs = clients.iter().map(|client| client.diff());
+        for outcome in futures_util::future::join_all(diffs).await {
+            let DiffOutcome::Done(report) = outcome.unwrap() else { panic!("aborted") };
+            assert!(report.equal(), "{report:?}");
+        }
+    }
+    writing.send(()).unwrap();
+    for client in &clients {
+        assert_converges(&server, client).await;
+    }
+    let status = server.status().await.unwrap();
+    assert_eq!((status.followers, status.diffs_running, status.diffs_waiting), (6, 0, 0));
+}
+
+#[actix_rt::test]
+async fn a_follower_killed_in_the_middle_of_a_diff_harms_nobody() {
+    let config = ServerConfig { diffs_at_once: 1, ..ServerConfig::default() };
+    let (server, address) = serve(config, filled(50_000)).await;
+    let honest = follower(address, filled(50_000));
+    assert!(connect(&honest).await.equal());
+    for _ in 0..5 {
+        let proxy = Proxy::start(address).await;
+        let victim = follower(proxy.address, MemoryStore::new());
+        let mut events = victim.events().await.unwrap();
+        victim.ready().await.unwrap();
+        // The first repairs are there, tens of thousands are still to come.
+        event(&mut events, |event| {
+            matches!(event, Event::Change { repair: true, .. }).then_some(())
+        })
+        .await;
+        proxy.set(Gate::Cut);
+        drop(victim);
+    }
+    // The one place for diffs is free again.
+    honest.write(key(7), "broken").await.unwrap();
+    let outcome = within(honest.diff()).await.unwrap();
+    assert!(matches!(outcome, DiffOutcome::Done(report) if report.written == 1 && report.equal()));
+    assert_converges(&server, &honest).await;
+}
+
+/// A store that refuses one key while it is told to.
+#[derive(Clone)]
+struct Stubborn {
+    inner: MemoryStore,
+    refused: Arc<Mutex<Option<&'static str>>>,
+}
+
+impl Store for Stubborn {
+    fn apply(&mut self, changes: &[Change]) -> Result<(), StoreError> {
+        let refused = self.refused.lock().unwrap();
+        if changes.iter().any(|change| Some(&change.key()[..]) == refused.map(str::as_bytes)) {
+            return Err(StoreError::new("no such key here"));
+        }
+        self.inner.apply(changes)
+    }
+
+    fn reader(&self) -> Arc<dyn Reader> {
+        self.inner.reader()
+    }
+}
+
+#[actix_rt::test]
+async fn a_refused_change_is_counted_and_repaired_later_by_itself() {
+    let (server, address) = serve(ServerConfig::default(), filled(10)).await;
+    let store =
+        Stubborn { inner: MemoryStore::new(), refused: Arc::new(Mutex::new(Some("stubborn"))) };
+    let refused = Arc::clone(&store.refused);
+    let access = TcpAccess::new(address.to_string());
+    let client = Client::start(quick(), store, access).unwrap();
+    assert!(connect(&client).await.equal());
+    let mut events = client.events().await.unwrap();
+    server.write("stubborn", "value").await.unwrap();
+    event(&mut events, |event| matches!(event, Event::Refused(_)).then_some(())).await;
+    // The follower asks by itself, and again as long as it is refused.
+    let failed = report(&mut events).await;
+    assert!(!failed.equal() && failed.failed == 1, "{failed:?}");
+    assert_eq!(client.status().await.unwrap().position, None);
+    *refused.lock().unwrap() = None;
+    within(async { while !report(&mut events).await.equal() {} }).await;
+    assert_converges(&server, &client).await;
+    assert!(client.status().await.unwrap().refused >= 2);
+}
+
+#[actix_rt::test]
+async fn a_batch_that_the_servers_store_refuses_changes_nothing() {
+    let store = Stubborn { inner: filled(3), refused: Arc::new(Mutex::new(Some("stubborn"))) };
+    let server = tablecast::Server::start(ServerConfig::default(), store).unwrap();
+    let position = server.ready().await.unwrap();
+    let before = server.root().await.unwrap();
+    let batch = vec![Change::write("fine", "1"), Change::delete("stubborn")];
+    let error = server.batch(batch).await.unwrap_err();
+    assert_eq!(error.to_string(), "store: no such key here");
+    assert_eq!(server.root().await.unwrap(), before);
+    let status = server.status().await.unwrap();
+    assert_eq!((status.position, status.refused), (Some(position), 1));
+    assert_eq!(server.reader().len().unwrap(), 3);
+}
