@@ -94,6 +94,12 @@ impl Framed {
         }
     }
 
+    /// Bytes of the frames that have been given out, headers included: of what came, without what is
+    /// still to be decoded.
+    pub(crate) fn decoded(&self) -> u64 {
+        self.received - self.inbox.len() as u64
+    }
+
     /// Puts a whole frame, header included, behind what is to be written.
     pub(crate) fn queue(&mut self, frame: Bytes) {
         self.queued += frame.len();

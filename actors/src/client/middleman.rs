@@ -171,7 +171,7 @@ impl Middleman {
                     let (sent, received) = link.base;
                     let traffic = Traffic {
                         sent: link.framed.sent - sent,
-                        received: link.framed.received - received,
+                        received: link.framed.decoded() - received,
                     };
                     let bytes = frame.len();
                     self.client.do_send(Received { connection, message, bytes, traffic });
@@ -262,8 +262,8 @@ impl Handler<Command> for Middleman {
             Command::Send(connection, message) => {
                 if let Some(link) = self.link(connection) {
                     if matches!(message, ToServer::SyncReq { .. }) {
-                        link.base =
-                            (link.framed.sent + link.framed.queued() as u64, link.framed.received);
+                        let framed = &link.framed;
+                        link.base = (framed.sent + framed.queued() as u64, framed.decoded());
                     }
                     link.framed.queue(wire::encode(&message));
                 }
