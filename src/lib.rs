@@ -51,7 +51,7 @@ pub use server::Server;
 pub use tablecast_actors::client::{DiffOutcome, DiffReport, Event, Status as ClientStatus};
 pub use tablecast_actors::protocol::{
     Change, Epoch, Hash, HeartbeatConfig, Key, Limits, MemoryStore, Position, Reader, Revision,
-    Store, StoreError, Value, server::SessionConfig,
+    Store, StoreError, Value, Way, server::SessionConfig,
 };
 pub use tablecast_actors::server::{Applied, FollowerStatus, Status as ServerStatus, Written};
 pub use tablecast_actors::{

@@ -125,6 +125,16 @@ impl Server {
         Ok(self.actor().send(actors::Ready(Epoch::from_bytes(epoch))).await?)
     }
 
+    /// The table is filled as it was at this position (of [`Server::ready`], a write, or the status of a server
+    /// before this one): the history goes on from there, and its followers are resumed. Whoever says so
+    /// knows that the store is that old; a wrong one is noticed by a follower's next diff only.
+    ///
+    /// # Errors
+    /// If the server has been stopped.
+    pub async fn continue_from(&self, position: Position) -> Result<Position, Error> {
+        Ok(self.actor().send(actors::ContinueFrom(position)).await?)
+    }
+
     /// Waits until somebody said [`Server::ready`].
     ///
     /// # Errors

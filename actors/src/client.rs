@@ -28,7 +28,7 @@ use tablecast_protocol::diff::answer;
 use tablecast_protocol::server::Close;
 use tablecast_protocol::{
     Change, DecodeError, DiffId, Digest, Hash, Position, ProtocolError, Reason, Replica, Revision,
-    StoreError, ToClient, Tree,
+    StoreError, ToClient, Tree, Way,
 };
 use tokio::sync::{broadcast, oneshot};
 use tokio::time::Instant;
@@ -128,8 +128,9 @@ impl DiffReport {
 /// What happens to a follower.
 #[derive(Clone, Debug)]
 pub enum Event {
-    /// The handshake is through; every change behind this place will come.
-    Connected(Position),
+    /// The handshake is through; every change behind this place will come. A diff follows, unless the
+    /// follower was resumed there.
+    Connected(Position, Way),
     /// The connection ended. Another attempt follows.
     Disconnected(String),
     /// A change was applied.
@@ -241,6 +242,11 @@ pub struct Client {
     middleman: Option<Addr<Middleman>>,
     /// The connection at hand; `None` while there is none.
     link: Option<(ConnectionId, Session)>,
+    /// Where the table stood when the last connection ended; `None` if something was missing, or has
+    /// been changed beside the server since the last diff began.
+    position: Option<Position>,
+    /// The table was changed beside the server since the last diff began.
+    changed: bool,
     /// What the sessions' time is counted from.
     born: Instant,
     timer: Option<SpawnHandle>,
@@ -271,6 +277,8 @@ impl Client {
             replica,
             middleman: None,
             link: None,
+            position: None,
+            changed: false,
             born: Instant::now(),
             timer: None,
             due: None,
@@ -327,11 +335,13 @@ impl Client {
             let connection = *connection;
             match output {
                 Output::Send(message) => self.tell(Command::Send(connection, message)),
-                Output::Connected(at) => {
-                    info!(epoch = %at.epoch, revision = %at.revision, "connected");
+                Output::Connected(at, way) => {
+                    info!(epoch = %at.epoch, revision = %at.revision, %way, "connected");
                     self.connects += 1;
-                    self.emit(|| Event::Connected(at));
-                    self.due = Some(false);
+                    self.emit(|| Event::Connected(at, way));
+                    if way != Way::Resumed {
+                        self.due = Some(self.due.unwrap_or(false));
+                    }
                 }
                 Output::Apply { first, changes } => self.follow(first, changes, ctx),
                 Output::Repair { diff, changes } => self.repair(diff, changes),
@@ -439,6 +449,7 @@ impl Client {
     fn ask_for_diff(&mut self, full: bool) -> Result<(), DiffError> {
         let (_, session) = self.link.as_mut().ok_or(DiffError::Disconnected)?;
         session.handle_diff(self.replica.tree().clone(), full)?;
+        self.changed = false;
         let (since, traffic) = (Instant::now(), Traffic::default());
         self.running = Some(Running { since, traffic, waiting: std::mem::take(&mut self.next) });
         Ok(())
@@ -530,6 +541,9 @@ impl Client {
     /// There is no connection any more.
     fn unlink(&mut self, reason: String, ctx: &mut Context<Self>) {
         let Some((_, session)) = self.link.take() else { return };
+        if session.stream().is_some() {
+            self.position = session.position().filter(|_| !self.changed);
+        }
         if let Some(timer) = self.timer.take() {
             ctx.cancel_future(timer);
         }
@@ -591,7 +605,10 @@ impl Handler<Apply> for Client {
     type Result = Result<(), StoreError>;
 
     fn handle(&mut self, Apply(change): Apply, _: &mut Context<Self>) -> Self::Result {
-        self.replica.apply(&change)
+        self.replica.apply(&change)?;
+        self.changed = true;
+        self.position = None;
+        Ok(())
     }
 }
 
@@ -696,7 +713,7 @@ impl Handler<LinkUp> for Client {
 
     fn handle(&mut self, LinkUp(connection): LinkUp, ctx: &mut Context<Self>) {
         let ClientConfig { name, limits, heartbeat, .. } = &*self.config;
-        let session = Session::new(name, *limits, *heartbeat, None, self.now());
+        let session = Session::new(name, *limits, *heartbeat, self.position, self.now());
         self.link = Some((connection, session));
         self.drive(ctx);
         self.set_timer(ctx);

@@ -8,7 +8,7 @@
 //! | message | answer | from |
 //! |---|---|---|
 //! | [`Write`] | the position behind it, or why not | user |
-//! | [`Ready`], [`Await`] | the position at which the history began | user |
+//! | [`Ready`], [`ContinueFrom`], [`Await`] | the position at which the history began | user |
 //! | [`GetStatus`], [`GetFollowers`], [`Snapshot`], [`Subscribe`] | what is asked for | user |
 //! | [`Stop`] | when the last connection is closed | user |
 //! | [`Connect`], [`Ask`], [`Gone`] | a [`middleman::Reply`], later | Middleman |
@@ -26,7 +26,7 @@ use std::task::{self, Poll};
 use actix::prelude::*;
 use tablecast_protocol::diff::Difference;
 use tablecast_protocol::{
-    Change, DiffId, Epoch, FollowerId, Hash, Log, Position, Reason, Revision, Table, Tree,
+    Change, DiffId, Epoch, FollowerId, Hash, Log, Position, Reason, Revision, Table, Tree, Way,
     WriteError,
 };
 use tokio::sync::{broadcast, oneshot};
@@ -63,6 +63,12 @@ impl Written {
 #[derive(Debug, Message)]
 #[rtype(result = "Position")]
 pub struct Ready(pub Epoch);
+
+/// The table is as it was at this position: go on from there, and let followers in. Followers of that
+/// history are resumed as far as the log, which begins here, reaches. Does nothing behind [`Ready`].
+#[derive(Debug, Message)]
+#[rtype(result = "Position")]
+pub struct ContinueFrom(pub Position);
 
 /// Waits until the server is ready; `None` if it is stopped before.
 #[derive(Debug, Message)]
@@ -156,6 +162,8 @@ pub struct FollowerStatus {
 #[rtype(result = "()")]
 pub(crate) struct Connect {
     pub(crate) follower: FollowerId,
+    /// Where it says that its table stands.
+    pub(crate) position: Option<Position>,
     pub(crate) middleman: Addr<Middleman>,
     pub(crate) woken: Arc<AtomicBool>,
     pub(crate) status: Arc<Mutex<FollowerStatus>>,
@@ -296,6 +304,15 @@ impl Server {
         }
     }
 
+    /// Tells those who wait for it that the history has begun, and where it stands.
+    fn begun(&mut self) -> Position {
+        let position = self.table.position().expect("a table that is ready has a position");
+        for waiter in self.awaiting.drain(..) {
+            waiter.send(Some(position)).ok();
+        }
+        position
+    }
+
     fn stop_if_alone(&mut self, ctx: &mut Context<Self>) {
         if self.followers.is_empty()
             && let Some(waiting) = self.stopping.take()
@@ -359,11 +376,19 @@ impl Handler<Ready> for Server {
 
     fn handle(&mut self, Ready(epoch): Ready, _: &mut Context<Self>) -> Self::Result {
         self.table.ready(epoch);
-        let position = self.table.position().expect("a table that is ready has a position");
-        for waiter in self.awaiting.drain(..) {
-            waiter.send(Some(position)).ok();
+        MessageResult(self.begun())
+    }
+}
+
+impl Handler<ContinueFrom> for Server {
+    type Result = MessageResult<ContinueFrom>;
+
+    fn handle(&mut self, ContinueFrom(at): ContinueFrom, _: &mut Context<Self>) -> Self::Result {
+        if self.table.position().is_none() {
+            self.table.continue_from(at);
+            *self.log.lock() = Log::new(self.config.log_bytes, at.revision, at.chain);
         }
-        MessageResult(position)
+        MessageResult(self.begun())
     }
 }
 
@@ -452,8 +477,8 @@ impl Handler<Connect> for Server {
     type Result = ();
 
     fn handle(&mut self, connect: Connect, _: &mut Context<Self>) {
-        let Connect { follower, middleman, woken, status } = connect;
-        let Some(position) = self.table.position().filter(|_| self.stopping.is_none()) else {
+        let Connect { follower, position, middleman, woken, status } = connect;
+        let Some(head) = self.table.position().filter(|_| self.stopping.is_none()) else {
             middleman.do_send(Reply::Close(Reason::Stopping, "not serving".to_owned()));
             return;
         };
@@ -465,7 +490,9 @@ impl Handler<Connect> for Server {
         }
         // What was written before is in the log before the follower's place is decided.
         self.publish();
-        middleman.do_send(Reply::Subscribed(position));
+        let way = self.log.lock().way(head.epoch, position.as_ref());
+        let at = position.filter(|_| way == Way::Resumed).unwrap_or(head);
+        middleman.do_send(Reply::Subscribed(at, way));
         self.followers.insert(follower, Follower { middleman, woken, status });
     }
 }

@@ -96,7 +96,7 @@ fn connect(c: &mut Criterion) {
                     let mut events = client.events().await.unwrap();
                     let start = Instant::now();
                     client.ready().await.unwrap();
-                    while !matches!(events.recv().await.unwrap(), Event::Connected(_)) {}
+                    while !matches!(events.recv().await.unwrap(), Event::Connected(..)) {}
                     total += start.elapsed();
                     client.stop().await;
                 }

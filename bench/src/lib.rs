@@ -118,7 +118,7 @@ pub async fn follow(
     loop {
         match events.recv().await.context("the follower ended")? {
             Event::Diff(_) => return Ok(client),
-            Event::Connected(_)
+            Event::Connected(..)
             | Event::Disconnected(_)
             | Event::Change { .. }
             | Event::FellBehind(_)

@@ -30,7 +30,8 @@
 //! The stream's place (revision and chain) follows every live change. It is the *table's* place
 //! only while nothing is missing: from a connection in the middle of a history, or a jump, until
 //! a `SyncDone`, the position is void ([`Session::position`] is `None`), and such a follower is never
-//! resumed from it.
+//! resumed from it. A follower that presents a position is resumed there if the server's log still has
+//! all that came since and the chains agree: then it never is void.
 
 use std::collections::VecDeque;
 use std::time::Duration;
@@ -41,7 +42,7 @@ use crate::error::{DecodeError, ProtocolError};
 use crate::heartbeat::{Beat, Heartbeat, HeartbeatConfig};
 use crate::limits::{FRAME_OVERHEAD, HANDSHAKE_FRAME_BYTES, Limits};
 use crate::message::{
-    AbortReason, DiffId, NAME_BYTES, Reason, TEXT_BYTES, ToClient, ToServer, clip,
+    AbortReason, DiffId, NAME_BYTES, Reason, TEXT_BYTES, ToClient, ToServer, Way, clip,
 };
 use crate::position::{Chain, ChainTag, Digest, Epoch, Position, Revision};
 use crate::server::{Close, limits_text};
@@ -68,6 +69,8 @@ use crate::wire::{Message, Raw, VERSION};
 pub struct Session {
     limits: Limits,
     state: State,
+    /// What was presented.
+    presented: Option<Position>,
     /// Where the stream stands; `None` before `Welcome`.
     stream: Option<Position>,
     /// Nothing is missing up to the stream's place.
@@ -155,8 +158,9 @@ pub enum RootOf {
 pub enum Output {
     /// Send this.
     Send(ToServer),
-    /// The handshake is through: every change behind this place will come. Diff now.
-    Connected(Position),
+    /// The handshake is through: every change behind this place will come. Diff now, unless that is
+    /// where the table stands ([`Way::Resumed`]).
+    Connected(Position, Way),
     /// Apply these live changes; `first` is the revision of the first.
     Apply {
         /// Its revision; the others follow.
@@ -237,6 +241,7 @@ impl Session {
         Self {
             limits,
             state: State::Hello,
+            presented: position,
             stream: None,
             whole: false,
             refused: false,
@@ -338,6 +343,7 @@ impl Session {
             frame_bytes: frame,
             key_bytes: key,
             value_bytes: value,
+            way,
         } = welcome
         else {
             return Ok(());
@@ -355,11 +361,20 @@ impl Session {
             self.close(Reason::Limits, limits_text(theirs, &self.limits));
         } else {
             let at = Position { epoch, revision, chain };
+            if way == Way::Resumed {
+                if self.presented != Some(at) {
+                    let stands = self.presented.map_or(0, |at| at.revision.0);
+                    let (got, revision) = ("Welcome", revision.0);
+                    return Err(ProtocolError::Revision { got, revision, stands });
+                }
+                // Nothing was missing there, and everything behind it will come.
+                self.whole = true;
+            }
             self.state = State::Relay;
             self.stream = Some(at);
             let fits = usize::try_from(frame).unwrap_or(usize::MAX).saturating_sub(FRAME_OVERHEAD);
             self.answer_bytes = self.limits.answer_bytes.min(fits);
-            self.outputs.push_back(Output::Connected(at));
+            self.outputs.push_back(Output::Connected(at, way));
         }
         Ok(())
     }

@@ -58,7 +58,7 @@ pub use error::{DecodeError, ProtocolError};
 pub use heartbeat::HeartbeatConfig;
 pub use limits::{HANDSHAKE_FRAME_BYTES, LimitError, Limits, MAX_CHANGES};
 pub use log::{Chunk, FollowerId, Log, Next};
-pub use message::{AbortReason, DiffId, Reason, ToClient, ToServer};
+pub use message::{AbortReason, DiffId, Reason, ToClient, ToServer, Way};
 #[cfg(feature = "mutations")]
 pub use mutation::Mutation;
 pub use position::{Chain, ChainTag, Digest, Epoch, Position, Revision};

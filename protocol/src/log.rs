@@ -5,8 +5,8 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 
-use crate::message::DiffId;
-use crate::position::{Chain, Revision};
+use crate::message::{DiffId, Way};
+use crate::position::{Chain, Epoch, Position, Revision};
 use crate::tree::KeyHash;
 
 /// Some consecutive changes, encoded once for all followers.
@@ -105,6 +105,27 @@ impl Log {
     /// Bytes kept: frames and key hashes.
     pub fn bytes(&self) -> usize {
         self.bytes
+    }
+
+    /// How to bring a follower that presents this position to the head of this history, which is that
+    /// of `epoch`. It is resumed only if the log still has everything behind the position, and if the
+    /// chain proves that everything before is the same.
+    pub fn way(&self, epoch: Epoch, presented: Option<&Position>) -> Way {
+        let Some(at) = presented else { return Way::NoPosition };
+        if at.epoch != epoch {
+            return Way::OtherEpoch;
+        }
+        if at.revision > self.head {
+            return Way::Ahead;
+        }
+        let chain = match self.at(at.revision.next()) {
+            Next::End => self.chain,
+            Next::Chunk(chunk) => chunk.before,
+            Next::Fell if at.revision.next() < self.tail() => return Way::NotInLog,
+            // No stream of this history stands within a frame.
+            Next::Fell => return Way::OtherChain,
+        };
+        if chain == at.chain { Way::Resumed } else { Way::OtherChain }
     }
 
     /// Marks the head for a follower's diff. Whoever reads the log up to here sees the mark before

@@ -185,6 +185,8 @@ messages! {
             key_bytes: u64,
             /// Largest value that I may send.
             value_bytes: u64,
+            /// Whether that is where your position stands, or why not.
+            way: Way,
         }
         /// I do not serve you, and close this connection. The same shape in every version.
         1 Refuse {
@@ -374,6 +376,24 @@ pub(crate) const TEXT_BYTES: usize = 1024;
 /// The first `max` bytes of a text, less if that is within a character.
 pub(crate) fn clip(text: &str, max: usize) -> &str {
     text.get(..text.floor_char_boundary(max)).unwrap_or(text)
+}
+
+codes! {
+    /// How a follower is brought to where the server is: by what it missed, or by a diff, and why.
+    Way, None, {
+        /// resumed where the follower's position stands
+        0 Resumed
+        /// diff: the follower presents no position
+        1 NoPosition
+        /// diff: the position is of another history
+        2 OtherEpoch
+        /// diff: the log does not reach back to the position
+        3 NotInLog
+        /// diff: the position's chain is not that of this history
+        4 OtherChain
+        /// diff: the position is ahead of this history
+        5 Ahead
+    }
 }
 
 impl ToServer {

@@ -63,7 +63,7 @@ use crate::error::{DecodeError, ProtocolError};
 use crate::heartbeat::{Beat, Heartbeat, HeartbeatConfig};
 use crate::limits::Limits;
 use crate::log::{Chunk, FollowerId, Log, Next};
-use crate::message::{AbortReason, DiffId, Reason, TEXT_BYTES, ToClient, ToServer, clip};
+use crate::message::{AbortReason, DiffId, Reason, TEXT_BYTES, ToClient, ToServer, Way, clip};
 use crate::mutation::Mutation;
 use crate::position::{Position, Revision};
 use crate::table::Values;
@@ -120,7 +120,7 @@ pub(crate) const MAX_CONTROL: usize = 16;
 /// use std::time::Duration;
 /// use tablecast_protocol::server::{Event, Session, SessionConfig, Transmit};
 /// use tablecast_protocol::{
-///     Chain, Epoch, FollowerId, Log, Position, Revision, ToClient, ToServer,
+///     Chain, Epoch, FollowerId, Log, Position, Revision, ToClient, ToServer, Way,
 /// };
 ///
 /// let (config, now) = (SessionConfig::default(), Duration::ZERO);
@@ -129,7 +129,8 @@ pub(crate) const MAX_CONTROL: usize = 16;
 /// session.handle_message(ToServer::hello("edge-1", &config.limits, None), now);
 /// assert!(matches!(session.poll_event(), Some(Event::Subscribe { .. })));
 /// let epoch = Epoch::from_bytes([1; 16]);
-/// session.handle_subscribed(Position { epoch, revision: log.head(), chain: log.chain() });
+/// let at = Position { epoch, revision: log.head(), chain: log.chain() };
+/// session.handle_subscribed(at, Way::NoPosition);
 /// assert!(matches!(
 ///     session.poll_transmit(&log),
 ///     Some(Transmit::Message(ToClient::Welcome { revision: Revision(9), .. }))
@@ -471,8 +472,9 @@ impl Session {
 
     // What comes from the server and the Differ.
 
-    /// The follower is subscribed: it will be sent every change behind this position.
-    pub fn handle_subscribed(&mut self, at: Position) {
+    /// The follower is subscribed: it will be sent every change behind this position, which is its own
+    /// if it is resumed ([`Log::way`]), the log's head if not.
+    pub fn handle_subscribed(&mut self, at: Position, way: Way) {
         if self.state != State::Subscribing {
             return;
         }
@@ -488,6 +490,7 @@ impl Session {
             frame_bytes: self.config.limits.frame_bytes as u64,
             key_bytes: self.config.limits.key_bytes as u64,
             value_bytes: self.config.limits.value_bytes as u64,
+            way,
         });
     }
 

@@ -121,6 +121,18 @@ impl Table {
         self.epoch.get_or_insert(epoch);
     }
 
+    /// Ends the filling and continues a history from this position: whoever says so knows that the
+    /// store is as the table was there. Does nothing behind [`Table::ready`].
+    ///
+    /// A store that is older or newer than the position is noticed by verification only, not here.
+    pub fn continue_from(&mut self, at: Position) {
+        if self.epoch.is_none() {
+            self.epoch = Some(at.epoch);
+            (self.head, self.chain) = (at.revision, at.chain);
+            (self.open.first, self.open.before) = (at.revision.next(), at.chain);
+        }
+    }
+
     /// Applies a batch, all or nothing. An empty batch changes nothing.
     ///
     /// Costs, beside the store: two hashes, a chain block and a path of the tree a change.

@@ -1,6 +1,6 @@
 //! Connections end; nothing is lost by that.
 
-use tablecast::{Event, MemoryStore, ServerConfig};
+use tablecast::{Event, MemoryStore, ServerConfig, Way};
 
 use crate::harness::{
     Gate, Proxy, assert_converges, connect, event, filled, follower, key, report, serve, within,
@@ -8,7 +8,9 @@ use crate::harness::{
 
 #[actix_rt::test]
 async fn what_was_written_while_a_follower_was_away_arrives_by_itself() {
-    let (server, address) = serve(ServerConfig::default(), filled(1000)).await;
+    // The log holds less than what is written while the follower is away.
+    let config = ServerConfig { log_bytes: 100, ..ServerConfig::default() };
+    let (server, address) = serve(config, filled(1000)).await;
     let proxy = Proxy::start(address).await;
     let client = follower(proxy.address, MemoryStore::new());
     assert!(connect(&client).await.equal());
@@ -99,4 +101,99 @@ async fn a_follower_that_does_not_read_falls_behind_and_harms_nobody() {
     assert!(report.equal(), "{report:?}");
     assert_converges(&server, &slow).await;
     assert!(slow.status().await.unwrap().fell_behind > 0);
+}
+
+/// The way of the next connect.
+async fn way(events: &mut tokio::sync::broadcast::Receiver<Event>) -> Way {
+    event(events, |event| match event {
+        Event::Connected(_, way) => Some(*way),
+        _ => None,
+    })
+    .await
+}
+
+#[actix_rt::test]
+async fn a_short_absence_costs_what_was_missed_and_no_diff() {
+    let (server, address) = serve(ServerConfig::default(), filled(1000)).await;
+    let proxy = Proxy::start(address).await;
+    let client = follower(proxy.address, MemoryStore::new());
+    assert!(connect(&client).await.equal());
+    let mut events = client.events().await.unwrap();
+    for round in 0..5 {
+        proxy.set(Gate::Cut);
+        event(&mut events, |event| matches!(event, Event::Disconnected(_)).then_some(())).await;
+        for number in 0..20 {
+            server.write(key(round * 20 + number), "while away").await.unwrap();
+            server.delete(key(500 + round * 20 + number)).await.unwrap();
+        }
+        proxy.set(Gate::Open);
+        assert_eq!(way(&mut events).await, Way::Resumed);
+        assert_converges(&server, &client).await;
+    }
+    // The first connect's, and none since.
+    let followed = client.status().await.unwrap();
+    assert_eq!((followed.connects, followed.applied), (6, 200));
+    let diffs: u64 = server.followers().await.unwrap().iter().map(|f| f.diffs).sum();
+    assert_eq!(diffs, 0, "the connection at hand needed none");
+}
+
+#[actix_rt::test]
+async fn a_table_that_was_changed_beside_the_server_is_not_resumed() {
+    let (server, address) = serve(ServerConfig::default(), filled(1000)).await;
+    let proxy = Proxy::start(address).await;
+    let client = follower(proxy.address, MemoryStore::new());
+    assert!(connect(&client).await.equal());
+    let mut events = client.events().await.unwrap();
+    client.write(key(3), "broken").await.unwrap();
+    proxy.set(Gate::Cut);
+    event(&mut events, |event| matches!(event, Event::Disconnected(_)).then_some(())).await;
+    proxy.set(Gate::Open);
+    assert_eq!(way(&mut events).await, Way::NoPosition);
+    assert_eq!(report(&mut events).await.written, 1);
+    assert_converges(&server, &client).await;
+}
+
+#[actix_rt::test]
+async fn a_server_that_continues_its_history_resumes_and_a_restored_one_does_not() {
+    let store = filled(300);
+    let (server, address) = serve(ServerConfig::default(), store.clone()).await;
+    let client = follower(address, MemoryStore::new());
+    assert!(connect(&client).await.equal());
+    let mut events = client.events().await.unwrap();
+    let early = server.write(key(1), "one").await.unwrap().position().unwrap();
+    let older: MemoryStore = crate::harness::entries(&store).into_iter().collect();
+    let late = server.write(key(2), "two").await.unwrap().position().unwrap();
+    client.wait_for(late.revision, crate::harness::LONG).await.unwrap();
+    within(server.stop()).await;
+
+    let again = async |store: MemoryStore, at| {
+        let server = tablecast::Server::start(ServerConfig::default(), store).unwrap();
+        server.listen(address).unwrap();
+        assert_eq!(server.continue_from(at).await.unwrap(), at);
+        server
+    };
+    // The same table at the same place.
+    let server = again(store, late).await;
+    assert_eq!(way(&mut events).await, Way::Resumed);
+    assert_converges(&server, &client).await;
+    within(server.stop()).await;
+
+    // An older copy, which does not know what it lost: first nothing more, then something else.
+    let server = again(older.clone(), early).await;
+    assert_eq!(way(&mut events).await, Way::Ahead);
+    let found = report(&mut events).await;
+    assert!(found.equal() && found.written == 1, "{found:?}");
+    let lost = server.write(key(3), "three").await.unwrap().position().unwrap();
+    client.wait_for(lost.revision, crate::harness::LONG).await.unwrap();
+    within(server.stop()).await;
+
+    let older: MemoryStore = crate::harness::entries(&older).into_iter().collect();
+    let server = tablecast::Server::start(ServerConfig::default(), older).unwrap();
+    server.continue_from(early).await.unwrap();
+    server.write(key(4), "four").await.unwrap();
+    server.write(key(5), "five").await.unwrap();
+    server.listen(address).unwrap();
+    assert_eq!(way(&mut events).await, Way::OtherChain);
+    assert!(report(&mut events).await.equal());
+    assert_converges(&server, &client).await;
 }

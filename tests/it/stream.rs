@@ -48,7 +48,7 @@ async fn connected_means_subscribed() {
         let client = follower(address, MemoryStore::new());
         let mut events = client.events().await.unwrap();
         client.ready().await.unwrap();
-        event(&mut events, |event| matches!(event, Event::Connected(_)).then_some(())).await;
+        event(&mut events, |event| matches!(event, Event::Connected(..)).then_some(())).await;
         let written = server.write("key", format!("{number}")).await.unwrap();
         let revision = written.position().unwrap().revision;
         let live = event(&mut events, |event| match event {
@@ -75,7 +75,7 @@ async fn nobody_is_accepted_before_the_server_is_ready() {
     let position = server.ready().await.unwrap();
     assert_eq!(within(waiting).await.unwrap(), position);
     let connected = event(&mut events, |event| match event {
-        Event::Connected(at) => Some(*at),
+        Event::Connected(at, _) => Some(*at),
         _ => None,
     });
     assert_eq!(connected.await, position);

@@ -22,7 +22,7 @@ use tablecast_protocol::diff::Step;
 use tablecast_protocol::server::{Event, Session, Transmit};
 use tablecast_protocol::{
     DiffId, FollowerId, Hash, Position, ProtocolError, Reason, Revision, ToServer, Tree, Values,
-    wire,
+    Way, wire,
 };
 use tokio::time::Instant;
 use tracing::{debug, info, warn};
@@ -49,7 +49,7 @@ pub(crate) enum Reply {
     Grown,
     /// It is time to look at the clock.
     Timeout,
-    Subscribed(Position),
+    Subscribed(Position, Way),
     Admitted(DiffId),
     Busy(DiffId),
     Snapshot(DiffId, Tree),
@@ -128,7 +128,7 @@ impl Middleman {
     fn drive(&mut self, ctx: &mut Context<Self>) {
         while let Some(event) = self.session.poll_event() {
             match event {
-                Event::Subscribe { name, .. } => self.subscribe(name, ctx),
+                Event::Subscribe { name, position } => self.subscribe(name, position, ctx),
                 Event::Admit(diff) => self.ask(diff, Question::Admit),
                 Event::Snapshot(diff) => self.ask(diff, Question::Snapshot),
                 Event::Walk { diff, tree, root, len, full } => {
@@ -178,10 +178,11 @@ impl Middleman {
         self.framed.set_max_frame_bytes(self.session.max_frame_bytes());
     }
 
-    fn subscribe(&self, name: String, ctx: &Context<Self>) {
+    fn subscribe(&self, name: String, position: Option<Position>, ctx: &Context<Self>) {
         self.update_status(|status| status.name = name);
         self.shared.server.do_send(Connect {
             follower: self.follower,
+            position,
             middleman: ctx.address(),
             woken: Arc::clone(&self.woken),
             status: Arc::clone(&self.status),
@@ -396,7 +397,7 @@ impl Handler<Reply> for Middleman {
                 session.handle_timeout(self.born.elapsed());
                 self.set_timer(ctx);
             }
-            Reply::Subscribed(at) => session.handle_subscribed(at),
+            Reply::Subscribed(at, way) => session.handle_subscribed(at, way),
             Reply::Admitted(diff) => session.handle_admitted(diff),
             Reply::Busy(diff) => session.handle_busy(diff),
             Reply::Snapshot(diff, tree) => session.handle_snapshot(diff, tree),

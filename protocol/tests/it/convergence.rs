@@ -2,7 +2,7 @@
 
 use proptest::prelude::*;
 use proptest::test_runner::{Config, RngAlgorithm, TestRng, TestRunner};
-use tablecast_protocol::{Change, Mutation, Store};
+use tablecast_protocol::{Change, Mutation, Store, Way};
 
 use crate::pair::{Action, Checked, World, WorldConfig, key};
 
@@ -43,10 +43,35 @@ fn config() -> impl Strategy<Value = WorldConfig> {
     )
 }
 
+/// What happens until the server comes back: as a new one, or as it was so many revisions ago.
+fn lives() -> impl Strategy<Value = Vec<(Vec<Action>, u8)>> {
+    proptest::collection::vec((proptest::collection::vec(action(), 30..200), 0_u8..20), 2..4)
+}
+
 fn run(config: WorldConfig, actions: &[Action]) -> Result<World, String> {
     let mut world = World::new(config);
     for follower in 0..3 {
         world.act(Action::Connect(follower))?;
+    }
+    actions.iter().try_for_each(|action| world.act(*action))?;
+    world.converge()?;
+    Ok(world)
+}
+
+/// Servers that come and go, then a run on the last of them.
+fn live(
+    config: WorldConfig,
+    lives: Vec<(Vec<Action>, u8)>,
+    actions: &[Action],
+) -> Result<World, String> {
+    let mut world = World::new(config);
+    for (life, restore) in lives {
+        life.iter().try_for_each(|action| world.act(*action))?;
+        // Half of the time everybody has what was written.
+        if restore % 2 == 0 {
+            world.settle()?;
+        }
+        world.act(if restore > 3 { Action::Restore(restore - 4) } else { Action::Restart })?;
     }
     actions.iter().try_for_each(|action| world.act(*action))?;
     world.converge()?;
@@ -69,14 +94,10 @@ proptest! {
     #[test]
     fn also_across_restarts_of_the_server(
         config in config(),
-        lives in proptest::collection::vec(proptest::collection::vec(action(), 30..200), 2..4),
+        lives in lives(),
+        actions in actions(),
     ) {
-        let mut world = World::new(config);
-        for life in &lives {
-            life.iter().try_for_each(|action| world.act(*action)).map_err(failed)?;
-            world.act(Action::Restart).map_err(failed)?;
-        }
-        world.converge().map_err(failed)?;
+        live(config, lives, &actions).map_err(failed)?;
     }
 }
 
@@ -86,8 +107,8 @@ fn the_runs_are_not_idle() {
     let mut runner = runner(100);
     let total = std::cell::RefCell::new(crate::pair::Stats::default());
     runner
-        .run(&(config(), actions()), |(config, actions)| {
-            let stats = run(config, &actions).map_err(failed)?.stats;
+        .run(&(config(), lives(), actions()), |(config, lives, actions)| {
+            let stats = live(config, lives, &actions).map_err(failed)?.stats;
             let mut total = total.borrow_mut();
             total.repaired += stats.repaired;
             total.suppressed += stats.suppressed;
@@ -97,6 +118,9 @@ fn the_runs_are_not_idle() {
             total.overflows += stats.overflows;
             total.queued += stats.queued;
             total.cuts += stats.cuts;
+            for (all, way) in total.ways.iter_mut().zip(stats.ways) {
+                *all += way;
+            }
             Ok(())
         })
         .unwrap();
@@ -110,6 +134,12 @@ fn the_runs_are_not_idle() {
         (total.overflows, "overflows"),
         (total.queued, "queued diffs"),
         (total.cuts, "cuts"),
+        (total.ways[Way::Resumed as usize], "resumed"),
+        (total.ways[Way::NoPosition as usize], "without a position"),
+        (total.ways[Way::OtherEpoch as usize], "of another epoch"),
+        (total.ways[Way::NotInLog as usize], "behind the log"),
+        (total.ways[Way::OtherChain as usize], "of another chain"),
+        (total.ways[Way::Ahead as usize], "ahead"),
     ] {
         assert!(count >= 10, "only {count} {what} in 100 runs: {total:?}");
     }

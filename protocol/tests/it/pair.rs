@@ -14,9 +14,9 @@ use tablecast_protocol::diff::{self, Answer, Query, Step, Walk};
 use tablecast_protocol::server::{self, Event, SessionConfig, Transmit};
 use tablecast_protocol::wire::{self, HEADER_BYTES};
 use tablecast_protocol::{
-    AbortReason, Change, DiffId, Digest, Epoch, FollowerId, Hash, HeartbeatConfig, Key, Limits,
-    Log, MemoryStore, Mutation, Position, Reader, Replica, Revision, Store, StoreError, Table,
-    ToClient, ToServer, Tree, Value, Values,
+    AbortReason, Chain, Change, DiffId, Digest, Epoch, FollowerId, Hash, HeartbeatConfig, Key,
+    Limits, Log, MemoryStore, Mutation, Position, Reader, Replica, Revision, Store, StoreError,
+    Table, ToClient, ToServer, Tree, Value, Values, Way,
 };
 
 pub type Map = OrdMap<Key, Value>;
@@ -75,6 +75,8 @@ pub enum Action {
     Cut(u8),
     Connect(u8),
     Restart,
+    /// The server comes back as it was some revisions ago, and does not know it.
+    Restore(u8),
     /// Somebody changes a follower's table behind its back, while it is not connected.
     Spoil(u8, u8),
 }
@@ -91,6 +93,8 @@ pub struct Stats {
     pub overflows: u64,
     pub queued: u64,
     pub cuts: u64,
+    /// How often each way was taken, by its code.
+    pub ways: [u64; 6],
 }
 
 pub struct World {
@@ -101,6 +105,8 @@ pub struct World {
     epoch: u8,
     /// The table at every revision of this epoch.
     history: Vec<Map>,
+    /// The chain at every revision.
+    chains: Vec<Chain>,
     running: Vec<(usize, u64, DiffId)>,
     waiting: VecDeque<(usize, u64, DiffId)>,
     pub followers: Vec<Follower>,
@@ -113,6 +119,8 @@ pub struct Follower {
     replica: Replica,
     store: RefusingStore,
     link: Option<Link>,
+    /// Where the table stood when the last connection ended.
+    position: Option<Position>,
     /// When each key was last written or deleted by a live change or repair of this epoch.
     seen: OrdMap<Key, Revision>,
     wants_diff: bool,
@@ -136,7 +144,7 @@ struct Link {
 }
 
 enum Reply {
-    Subscribed(Position),
+    Subscribed(Position, Way),
     Admitted(DiffId),
     Snapshot(DiffId, Tree),
     Step(DiffId, Step),
@@ -214,6 +222,7 @@ impl World {
                 replica: Replica::open(store.clone()).unwrap(),
                 store,
                 link: None,
+                position: None,
                 seen: OrdMap::new(),
                 wants_diff: false,
                 last_diff: None,
@@ -222,11 +231,12 @@ impl World {
         let mut world = Self {
             followers: followers.collect(),
             table: Table::open(store.clone(), Limits::default()).unwrap(),
-            log: Log::new(0, Revision::ZERO, tablecast_protocol::Chain::START),
+            log: Log::new(0, Revision::ZERO, Chain::START),
             store,
             config,
             epoch: 0,
             history: Vec::new(),
+            chains: Vec::new(),
             running: Vec::new(),
             waiting: VecDeque::new(),
             connections: 0,
@@ -243,6 +253,7 @@ impl World {
         let at = self.table.position().unwrap();
         self.log = Log::new(self.config.log_bytes, at.revision, at.chain);
         self.history = vec![contents(&self.store)];
+        self.chains = vec![at.chain];
     }
 
     pub fn act(&mut self, action: Action) -> Checked {
@@ -265,6 +276,7 @@ impl World {
             Action::Cut(f) => self.cut(of(f)),
             Action::Connect(f) => self.connect(of(f))?,
             Action::Restart => self.restart(),
+            Action::Restore(back) => self.restore(back),
             Action::Spoil(f, number) => self.spoil(of(f), number),
         }
         self.check()
@@ -301,6 +313,8 @@ impl World {
             .collect();
         self.table.write(&changes).unwrap();
         for change in changes {
+            let chain = self.chains.last().unwrap().fold(&Digest::of(&change));
+            self.chains.push(chain);
             let mut map = self.history.last().unwrap().clone();
             match change {
                 Change::Write { key, value } => map.insert(key, value),
@@ -326,6 +340,23 @@ impl World {
         self.ready();
     }
 
+    /// The same history, cut short; what is written next forks it.
+    fn restore(&mut self, back: u8) {
+        for index in 0..self.followers.len() {
+            self.cut(index);
+            self.followers[index].seen = OrdMap::new();
+        }
+        let revision = (self.history.len() - 1).saturating_sub(usize::from(back));
+        self.history.truncate(revision + 1);
+        self.chains.truncate(revision + 1);
+        let epoch = self.table.position().unwrap().epoch;
+        self.store = self.history[revision].clone().into_iter().collect();
+        self.table = Table::open(self.store.clone(), Limits::default()).unwrap();
+        let (revision, chain) = (Revision(revision as u64), self.chains[revision]);
+        self.table.continue_from(Position { epoch, revision, chain });
+        self.log = Log::new(self.config.log_bytes, revision, chain);
+    }
+
     fn spoil(&mut self, index: usize, number: u8) {
         let follower = &mut self.followers[index];
         if follower.link.is_none() {
@@ -335,6 +366,7 @@ impl World {
             };
             // Through its own `write`, as sdiff's demo does: the tree knows.
             let _ = follower.replica.apply(&change);
+            follower.position = None;
         }
     }
 
@@ -356,7 +388,8 @@ impl World {
             server.mutate(mutation);
         }
         let limits = Limits::default();
-        let client = client::Session::new("", limits, heartbeat, None, Duration::ZERO);
+        let position = self.followers[index].position;
+        let client = client::Session::new("", limits, heartbeat, position, Duration::ZERO);
         self.followers[index].link = Some(Link {
             id: self.connections,
             server,
@@ -373,8 +406,12 @@ impl World {
     }
 
     fn cut(&mut self, index: usize) {
-        if let Some(link) = self.followers[index].link.take() {
+        let follower = &mut self.followers[index];
+        if let Some(link) = follower.link.take() {
             self.stats.cuts += 1;
+            if link.client.stream().is_some() {
+                follower.position = link.client.position();
+            }
             self.running.retain(|(_, connection, _)| *connection != link.id);
             self.waiting.retain(|(_, connection, _)| *connection != link.id);
             self.admit();
@@ -473,9 +510,12 @@ impl World {
         let Some(request) = link.requests.pop_front() else { return };
         let link_id = link.id;
         let reply = match request {
-            Event::Subscribe { .. } => {
+            Event::Subscribe { position, .. } => {
                 self.seal();
-                Reply::Subscribed(self.table.position().unwrap())
+                let head = self.table.position().unwrap();
+                let way = self.log.way(head.epoch, position.as_ref());
+                let at = position.filter(|_| way == Way::Resumed).unwrap_or(head);
+                Reply::Subscribed(at, way)
             }
             Event::Admit(diff) => {
                 self.waiting.push_back((index, link.id, diff));
@@ -526,7 +566,7 @@ impl World {
         let Some(link) = &mut self.followers[index].link else { return };
         match link.replies.pop_front() {
             None => {}
-            Some(Reply::Subscribed(at)) => link.server.handle_subscribed(at),
+            Some(Reply::Subscribed(at, way)) => link.server.handle_subscribed(at, way),
             Some(Reply::Admitted(diff)) => link.server.handle_admitted(diff),
             Some(Reply::Snapshot(diff, tree)) => link.server.handle_snapshot(diff, tree),
             Some(Reply::Step(diff, step)) => link.server.handle_step(diff, step),
@@ -599,7 +639,11 @@ impl World {
             let Some(output) = link.client.poll_output() else { break };
             match output {
                 Output::Send(message) => link.to_server.push_back(wire::encode(&message)),
-                Output::Connected(_) | Output::FellBehind(_) => follower.wants_diff = true,
+                Output::Connected(_, way) => {
+                    self.stats.ways[way as usize] += 1;
+                    follower.wants_diff |= way != Way::Resumed;
+                }
+                Output::FellBehind(_) => follower.wants_diff = true,
                 Output::Apply { first, changes } => self.apply(index, first, &changes)?,
                 Output::Repair { diff, changes } => self.repair(index, diff, &changes)?,
                 Output::Answer { diff, tree, query, .. } => {

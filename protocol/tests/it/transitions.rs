@@ -14,7 +14,7 @@ use tablecast_protocol::wire::{self, Changes, HEADER_BYTES, Message, Raw, VERSIO
 use tablecast_protocol::{
     AbortReason, Chain, ChainTag, Change, DecodeError, DiffId, Digest, Epoch, FollowerId, Hash,
     HeartbeatConfig, Limits, Log, MemoryStore, Position, Reason, Revision, Table, ToClient,
-    ToServer, Tree,
+    ToServer, Tree, Way,
 };
 
 const PAGE: &str = include_str!("../../../docs/protocol.md");
@@ -186,7 +186,7 @@ fn server_stages() -> Vec<(&'static str, ServerEnd)> {
     assert!(matches!(end.events[..], [Event::Subscribe { .. }]));
     stages.push(("subscribing", end.clone()));
 
-    end.act(|session| session.handle_subscribed(table.position().unwrap()));
+    end.act(|session| session.handle_subscribed(table.position().unwrap(), Way::NoPosition));
     assert!(matches!(end.sent[..], [ToClient::Welcome { .. }]));
     stages.push(("relay", end.clone()));
 
@@ -693,6 +693,7 @@ fn welcome_with(version: u16, tree: u8, limits: Limits) -> ToClient {
         frame_bytes: limits.frame_bytes as u64,
         key_bytes: limits.key_bytes as u64,
         value_bytes: limits.value_bytes as u64,
+        way: Way::NoPosition,
     }
 }
 
@@ -702,7 +703,10 @@ fn client_stages() -> Vec<(&'static str, ClientEnd)> {
     stages.push(("hello", end.clone()));
 
     end.message(welcome());
-    assert!(matches!(end.outputs[..], [Output::Connected(Position { revision: START, .. })]));
+    assert!(matches!(
+        end.outputs[..],
+        [Output::Connected(Position { revision: START, .. }, Way::NoPosition)]
+    ));
     stages.push(("relay", end.clone()));
 
     end.act(|session| assert_eq!(session.handle_diff(follower_tree(), false), Ok(DIFF)));
@@ -1116,7 +1120,7 @@ fn repairs_hold_what_a_frame_does() {
     let mut end = ServerEnd::new();
     end.session = server::Session::new(config, FollowerId(1), NOW);
     end.message(ToServer::hello("", &limits, None));
-    end.act(|session| session.handle_subscribed(table.position().unwrap()));
+    end.act(|session| session.handle_subscribed(table.position().unwrap(), Way::NoPosition));
     end.message(sync_req(DIFF));
     end.act(|session| session.handle_admitted(DIFF));
     end.act(|session| session.handle_snapshot(DIFF, table.tree().clone()));

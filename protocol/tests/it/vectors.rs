@@ -10,7 +10,7 @@ use tablecast_protocol::diff::{Query, Step, Walk, Widths, answer};
 use tablecast_protocol::wire::{self, Changes, HEADER_BYTES, Message, Raw, VERSION};
 use tablecast_protocol::{
     AbortReason, Chain, Change, DiffId, Digest, Epoch, Hash, KeyHash, Limits, Position, Reason,
-    Revision, ToClient, ToServer, Tree,
+    Revision, ToClient, ToServer, Tree, Way,
 };
 
 const PAGE: &str = include_str!("../../../docs/protocol.md");
@@ -155,6 +155,7 @@ fn messages_to_the_client() {
                 frame_bytes: limits.frame_bytes as u64,
                 key_bytes: limits.key_bytes as u64,
                 value_bytes: limits.value_bytes as u64,
+                way: Way::NotInLog,
             },
         ),
         (

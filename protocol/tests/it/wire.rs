@@ -5,7 +5,7 @@ use tablecast_protocol::diff::{Query, Widths};
 use tablecast_protocol::wire::{self, Changes, HEADER_BYTES, LiveFrame, Message, Raw, VERSION};
 use tablecast_protocol::{
     AbortReason, Chain, Change, DecodeError, DiffId, Epoch, Hash, Limits, MAX_CHANGES, MemoryStore,
-    Position, Reason, Revision, Table, ToClient, ToServer,
+    Position, Reason, Revision, Table, ToClient, ToServer, Way,
 };
 
 fn bytes() -> impl Strategy<Value = bytes::Bytes> {
@@ -68,6 +68,7 @@ fn to_client() -> impl Strategy<Value = ToClient> {
             frame_bytes: bytes,
             key_bytes: bytes,
             value_bytes: bytes,
+            way: Way::NotInLog,
         }),
         ".{0,20}".prop_map(|text| ToClient::Refuse { reason: Reason::Full, text }),
         ".{0,20}".prop_map(|text| ToClient::Farewell { reason: Reason::Silent, text }),
