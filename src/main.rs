@@ -1,3 +1,7 @@
-//! The `tablecast` command.
+//! The `tablecast` command; see [`tablecast::cli`].
 
-fn main() {}
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    tablecast::cli::run()
+}

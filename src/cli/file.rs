@@ -1,0 +1,200 @@
+//! Whole tables in files.
+
+use std::fs::File;
+use std::io::{BufReader, BufWriter, Write as _};
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context as _, ensure};
+
+use super::Failure;
+use super::ndjson::{self, Found, LINE_BYTES, Lines};
+use super::progress::Progress;
+use crate::{Key, Limits, MemoryStore, Reader, Value};
+
+const BUFFER_BYTES: usize = 256 << 10;
+
+/// The table of a file, or an empty one without. What cannot be read is [`Failure::Input`].
+pub(super) fn load(path: Option<&Path>) -> Result<MemoryStore, Failure> {
+    let Some(path) = path else { return Ok(MemoryStore::new()) };
+    let entries = Entries::open(path).map_err(Failure::Input)?;
+    entries.collect::<anyhow::Result<_>>().map_err(Failure::Input)
+}
+
+/// The entries of a file, in its order.
+struct Entries<'a> {
+    path: &'a Path,
+    lines: Lines<BufReader<File>>,
+    limits: Limits,
+    progress: Progress,
+}
+
+impl<'a> Entries<'a> {
+    fn open(path: &'a Path) -> anyhow::Result<Self> {
+        let opened = File::open(path).and_then(|file| Ok((file.metadata()?.len(), file)));
+        let (bytes, file) = opened.with_context(|| format!("cannot read {}", path.display()))?;
+        Ok(Self {
+            path,
+            lines: Lines::new(BufReader::with_capacity(BUFFER_BYTES, file)),
+            limits: Limits::default(),
+            progress: Progress::of_bytes("loading", bytes),
+        })
+    }
+
+    /// The next entry; `None` at the end. The error does not say where.
+    fn read(&mut self) -> anyhow::Result<Option<(Key, Value)>> {
+        loop {
+            let line = match self.lines.next().context("cannot read")? {
+                Found::Line(line) => line,
+                Found::TooLong => {
+                    anyhow::bail!("line of more than {LINE_BYTES} bytes, which is the limit")
+                }
+                Found::End => return Ok(None),
+            };
+            self.progress.advance(line.len() as u64 + 1);
+            if let Some(entry) = ndjson::parse_entry(line, &self.limits)? {
+                return Ok(Some(entry));
+            }
+        }
+    }
+}
+
+impl Iterator for Entries<'_> {
+    type Item = anyhow::Result<(Key, Value)>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        let read = self.read();
+        let place = || format!("{}:{}", self.path.display(), self.lines.number());
+        read.with_context(place).transpose()
+    }
+}
+
+/// Where a table is to be written when all is done.
+#[derive(Debug)]
+pub(super) struct Dump {
+    path: PathBuf,
+    /// The file itself, behind every link.
+    target: PathBuf,
+    directory: PathBuf,
+}
+
+impl Dump {
+    /// Sees to it that there is a place for the file, before anything is done.
+    pub(super) fn at(path: &Path) -> anyhow::Result<Self> {
+        let place = || -> anyhow::Result<_> {
+            let target = if path.exists() { path.canonicalize()? } else { path.to_owned() };
+            ensure!(!target.exists() || target.is_file(), "not a file");
+            ensure!(target.file_name().is_some(), "not the name of a file");
+            let directory = match target.parent() {
+                Some(parent) if parent != Path::new("") => parent.to_owned(),
+                _ => PathBuf::from("."),
+            };
+            ensure!(directory.is_dir(), "no directory {}", directory.display());
+            Ok((target, directory))
+        };
+        let (target, directory) =
+            place().with_context(|| format!("cannot write {}", path.display()))?;
+        Ok(Self { path: path.to_owned(), target, directory })
+    }
+
+    /// Writes the table as it is, sorted by the keys' bytes. The file is as it was if that fails.
+    pub(super) fn write(&self, table: &dyn Reader) -> anyhow::Result<()> {
+        self.try_write(table).with_context(|| format!("cannot write {}", self.path.display()))
+    }
+
+    fn try_write(&self, table: &dyn Reader) -> anyhow::Result<()> {
+        let mut builder = tempfile::Builder::new();
+        builder.prefix(".tablecast-");
+        // Like any new file: the umask takes from it.
+        #[cfg(unix)]
+        builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
+        let file = builder.tempfile_in(&self.directory)?;
+        let mut out = BufWriter::with_capacity(BUFFER_BYTES, file);
+        for entry in table.snapshot() {
+            let (key, value) = entry?;
+            ndjson::write_entry(&mut out, &key, &value)?;
+        }
+        out.flush()?;
+        let file = out.into_inner()?;
+        file.as_file().sync_all()?;
+        file.persist(&self.target).map_err(|error| error.error)?;
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{Change, Store as _};
+
+    fn failure(result: Result<MemoryStore, Failure>) -> String {
+        match result {
+            Err(Failure::Input(error)) => format!("{error:#}"),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn what_is_dumped_is_loaded() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("table");
+        let table: MemoryStore =
+            [("b", &b"2"[..]), ("", b""), ("a\n", &[0xff, 0]), ("c", "\u{2028}".as_bytes())]
+                .into_iter()
+                .map(|(key, value)| (Key::from(key), Value::from(value)))
+                .collect();
+        Dump::at(&path).unwrap().write(&*table.reader()).unwrap();
+        let loaded = load(Some(&path)).unwrap();
+        let entries = |store: &MemoryStore| -> Vec<_> {
+            store.reader().snapshot().map(Result::unwrap).collect()
+        };
+        assert_eq!(entries(&loaded), entries(&table));
+        // Over the old file, and nothing else is left.
+        Dump::at(&path).unwrap().write(&*MemoryStore::new().reader()).unwrap();
+        assert_eq!(std::fs::read(&path).unwrap(), b"");
+        assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn the_last_of_equal_keys_counts() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("table");
+        let lines = "{\"key\":\"k\",\"value\":\"1\"}\n\n{\"key_base64\":\"aw==\",\"value\":\"2\"}";
+        std::fs::write(&path, lines).unwrap();
+        let mut expected = MemoryStore::new();
+        expected.apply(&[Change::write("k", "2")]).unwrap();
+        let loaded = load(Some(&path)).unwrap();
+        assert_eq!(loaded.get(b"k").unwrap(), expected.get(b"k").unwrap());
+        assert_eq!(loaded.len().unwrap(), 1);
+    }
+
+    #[test]
+    fn errors_name_file_and_line() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("table");
+        assert!(
+            failure(load(Some(&path))).starts_with(&format!("cannot read {}: ", path.display()))
+        );
+        let name = format!("{}:1: ", directory.path().display());
+        assert!(failure(load(Some(directory.path()))).starts_with(&name));
+        let long = format!("{{\"key\":\"{}\",\"value\":\"\"}}\n", "k".repeat((64 << 10) + 1));
+        std::fs::write(&path, format!("{{\"key\":\"k\",\"value\":\"1\"}}\n\n{long}")).unwrap();
+        let why = "3: key of 65537 bytes is above the limit of 65536";
+        assert_eq!(failure(load(Some(&path))), format!("{}:{why}", path.display()));
+    }
+
+    #[test]
+    fn a_dump_that_cannot_be_is_known_early() {
+        let directory = tempfile::tempdir().unwrap();
+        for (path, why) in [
+            (directory.path().to_owned(), "not a file"),
+            (directory.path().join("absent/table"), "no directory"),
+            (PathBuf::from(".."), "not a file"),
+        ] {
+            let error = format!("{:#}", Dump::at(&path).unwrap_err());
+            assert!(
+                error.starts_with(&format!("cannot write {}: {why}", path.display())),
+                "{error}"
+            );
+        }
+    }
+}

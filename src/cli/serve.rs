@@ -1,0 +1,108 @@
+//! `tablecast serve`.
+
+use std::io::{BufRead, stdin};
+use std::process::ExitCode;
+
+use anyhow::Context as _;
+use tokio::sync::mpsc;
+
+use super::events::{Closed, Event, Output};
+use super::ndjson::{self, Found, LINE_BYTES, Lines};
+use super::signals::Signals;
+use super::{Failure, STOP_TIMEOUT, Serve, file};
+use crate::{Change, Error, Limits, Server, ServerConfig};
+
+/// How many changes from stdin wait to be written. Then no more is read.
+const WAITING: usize = 16;
+
+/// What a line of stdin says, or what is wrong with it and where.
+type Line = Result<(u64, Change), String>;
+
+pub(super) async fn run(args: &Serve, output: &Output) -> Result<ExitCode, Failure> {
+    let store = file::load(args.load.as_deref())?;
+    let mut signals = Signals::new()?;
+    let server = Server::start(ServerConfig::default(), store)?;
+    let listen = server
+        .listen(&*args.listen)
+        .with_context(|| format!("cannot listen at {}", args.listen))?;
+    let revision = server.ready().await?.revision;
+    let ready = Event::Ready {
+        listen,
+        keys: server.reader().len()?,
+        revision,
+        root: server.root().await?.1,
+    };
+    let served = tokio::select! {
+        served = serve(args, &server, output, ready) => served,
+        () = signals.recv() => Ok(()),
+    };
+    // Who has not heard it by then hears that the connection ended.
+    drop(tokio::time::timeout(STOP_TIMEOUT, server.stop()).await);
+    served?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Ends when nobody reads what is said, or when the server ends.
+async fn serve(args: &Serve, server: &Server, output: &Output, ready: Event) -> Result<(), Error> {
+    if let Err(Closed) = output.say(ready).await {
+        return Ok(());
+    }
+    if args.stdin {
+        let mut lines = read_stdin()?;
+        while let Some(line) = lines.recv().await {
+            if let Err(message) = write(server, line).await?
+                && let Err(Closed) = output.say(Event::Error { message }).await
+            {
+                return Ok(());
+            }
+        }
+    }
+    std::future::pending().await
+}
+
+/// Makes the change of one line. The inner error is only the line's.
+async fn write(server: &Server, line: Line) -> Result<Result<(), String>, Error> {
+    let (number, change) = match line {
+        Ok(change) => change,
+        Err(message) => return Ok(Err(message)),
+    };
+    match server.batch(vec![change]).await {
+        Ok(_) => Ok(Ok(())),
+        Err(Error::Write(error)) => Ok(Err(format!("stdin:{number}: {error}"))),
+        Err(error) => Err(error),
+    }
+}
+
+/// Reads stdin on a thread of its own, which nobody waits for: it may be in the middle of a read
+/// when the process ends.
+fn read_stdin() -> Result<mpsc::Receiver<Line>, Error> {
+    let (sender, lines) = mpsc::channel(WAITING);
+    let thread = std::thread::Builder::new().name("stdin".to_owned());
+    thread.spawn(move || send_lines(Lines::new(stdin().lock()), &sender))?;
+    Ok(lines)
+}
+
+/// Sends what every line says. Ends with the input, or when nobody receives.
+fn send_lines(mut lines: Lines<impl BufRead>, sender: &mpsc::Sender<Line>) {
+    let limits = Limits::default();
+    loop {
+        let (change, end) = match lines.next() {
+            Ok(Found::Line(line)) => (ndjson::parse_change(line, &limits), false),
+            Ok(Found::TooLong) => (
+                Err(anyhow::anyhow!("line of more than {LINE_BYTES} bytes, which is the limit")),
+                false,
+            ),
+            Ok(Found::End) => return,
+            Err(error) => (Err(anyhow::Error::new(error).context("cannot read")), true),
+        };
+        let number = lines.number();
+        let sent = match change {
+            Ok(None) => Ok(()),
+            Ok(Some(change)) => sender.blocking_send(Ok((number, change))),
+            Err(error) => sender.blocking_send(Err(format!("stdin:{number}: {error:#}"))),
+        };
+        if end || sent.is_err() {
+            return;
+        }
+    }
+}
