@@ -3,23 +3,38 @@
 //!
 //! ```text
 //! cargo run --example http                                    # then, in another terminal:
-//! curl -X PUT  localhost:8080/table/colour -d blue            # the revision
-//! curl localhost:8080/follower/colour?revision=1              # blue
+//! curl -X PUT  localhost:8080/table/colour -d blue            # the epoch and the revision: E/1
+//! curl localhost:8080/follower/colour?at=E/1                  # blue
 //! curl -X DELETE localhost:8080/table/colour
 //! curl localhost:8080/followers
 //! ```
 //!
-//! A reader who passes the revision of his own write reads it, or something newer. In a fleet the two
+//! A reader who passes the place of his own write reads it, or something newer. In a fleet the two
 //! halves of this program are two programs.
 
 use std::time::Duration;
 
 use actix_web::{App, HttpResponse, HttpServer, Responder, error, web};
 use tablecast::access::tcp::TcpAccess;
-use tablecast::{Client, ClientConfig, MemoryStore, Revision, Server, ServerConfig};
+use tablecast::{
+    Chain, Client, ClientConfig, Epoch, MemoryStore, Position, Revision, Server, ServerConfig,
+    Written,
+};
 
-/// How long a reader waits for the revision that he names.
+/// How long a reader waits for the place that he names.
 const PATIENCE: Duration = Duration::from_secs(5);
+
+fn place(written: Written) -> String {
+    written.position().map_or_else(String::new, |at| format!("{}/{}", at.epoch, at.revision))
+}
+
+/// The reverse of [`place`]. The chain does not matter to who waits.
+fn position(place: &str) -> Option<Position> {
+    let (epoch, revision) = place.split_once('/')?;
+    let epoch = u128::from_str_radix(epoch, 16).ok()?.to_be_bytes();
+    let (epoch, revision) = (Epoch::from_bytes(epoch), Revision(revision.parse().ok()?));
+    Some(Position { epoch, revision, chain: Chain::START })
+}
 
 async fn put(
     server: web::Data<Server>,
@@ -27,7 +42,7 @@ async fn put(
     value: web::Bytes,
 ) -> actix_web::Result<impl Responder> {
     let written = server.write(key.into_inner(), value).await.map_err(error::ErrorBadRequest)?;
-    Ok(written.position().map_or(0, |at| at.revision.0).to_string())
+    Ok(place(written))
 }
 
 async fn delete(
@@ -35,7 +50,7 @@ async fn delete(
     key: web::Path<String>,
 ) -> actix_web::Result<impl Responder> {
     let written = server.delete(key.into_inner()).await.map_err(error::ErrorBadRequest)?;
-    Ok(written.position().map_or(0, |at| at.revision.0).to_string())
+    Ok(place(written))
 }
 
 async fn followers(server: web::Data<Server>) -> actix_web::Result<impl Responder> {
@@ -48,7 +63,7 @@ async fn followers(server: web::Data<Server>) -> actix_web::Result<impl Responde
 
 #[derive(serde::Deserialize)]
 struct AtLeast {
-    revision: Option<u64>,
+    at: Option<String>,
 }
 
 async fn get(
@@ -56,8 +71,9 @@ async fn get(
     key: web::Path<String>,
     query: web::Query<AtLeast>,
 ) -> actix_web::Result<impl Responder> {
-    if let Some(revision) = query.revision {
-        let reached = client.wait_for(Revision(revision), PATIENCE).await;
+    if let Some(at) = &query.at {
+        let at = position(at).ok_or_else(|| error::ErrorBadRequest("at is not EPOCH/REVISION"))?;
+        let reached = client.wait_for(at, PATIENCE).await;
         reached.map_err(error::ErrorServiceUnavailable)?;
     }
     // The store is read in this thread: no actor is asked.

@@ -10,7 +10,7 @@ use tablecast_actors::{ClientConfig, protocol};
 use tokio::sync::broadcast;
 
 use crate::runtime::Runtime;
-use crate::{Change, Error, Key, Position, Reader, Revision, Store, Value};
+use crate::{Change, Error, Key, Position, Reader, Store, Value};
 
 /// A follower: a table that is kept identical to the server's.
 ///
@@ -30,7 +30,7 @@ use crate::{Change, Error, Key, Position, Reader, Revision, Store, Value};
 /// let client = Client::start(ClientConfig::default(), MemoryStore::new(), access)?;
 /// client.ready().await?;
 /// let written = server.write("colour", "blue").await?;
-/// client.wait_for(written.position().unwrap().revision, Duration::from_secs(10)).await?;
+/// client.wait_for(written.position().unwrap(), Duration::from_secs(10)).await?;
 /// assert_eq!(client.reader().get(b"colour")?.as_deref(), Some(&b"blue"[..]));
 /// client.stop().await;
 /// server.stop().await;
@@ -58,10 +58,11 @@ impl Client {
     ) -> Result<Self, Error> {
         let replica = protocol::Replica::open(store)?;
         let reader = replica.reader();
-        let runtime = Runtime::start(1)?;
-        let [arbiter, ..] = runtime.arbiters() else { return Err(Error::Stopped) };
+        let runtime = Runtime::start(2)?;
+        let [arbiter, connection] = runtime.arbiters() else { return Err(Error::Stopped) };
+        let connection = connection.clone();
         let actor = actors::Client::start_in_arbiter(arbiter, move |_| {
-            actors::Client::new(replica, access, config)
+            actors::Client::new(replica, access, config).with_connection_on(connection)
         });
         Ok(Self { actor, reader, _runtime: Arc::new(runtime) })
     }
@@ -101,14 +102,14 @@ impl Client {
         Ok(self.actor.send(actors::Diff).await??)
     }
 
-    /// Waits until the table holds every change up to `revision` of the history that is followed.
-    /// Answers where it stands then.
+    /// Waits until the table holds every change up to a position, such as that of a write: then whoever
+    /// wrote reads it here, or something newer. Answers where the table stands then.
     ///
     /// # Errors
-    /// If that takes longer than `timeout`.
-    pub async fn wait_for(&self, revision: Revision, timeout: Duration) -> Result<Position, Error> {
-        let wait = actors::WaitFor { revision, timeout };
-        self.actor.send(wait).await?.ok_or(Error::Timeout(timeout))
+    /// If that takes longer than `timeout`, or the follower goes over to another history.
+    pub async fn wait_for(&self, at: Position, timeout: Duration) -> Result<Position, Error> {
+        let Position { epoch, revision, .. } = at;
+        Ok(self.actor.send(actors::WaitFor { epoch, revision, timeout }).await??)
     }
 
     /// How the follower is.

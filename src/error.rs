@@ -1,8 +1,6 @@
 //! The one public error.
 
-use std::time::Duration;
-
-use tablecast_actors::{DiffError, protocol};
+use tablecast_actors::{DiffError, WaitError, protocol};
 
 /// What a call on a [`Server`](crate::Server) or a [`Client`](crate::Client) can fail with.
 #[derive(Debug, thiserror::Error)]
@@ -20,9 +18,9 @@ pub enum Error {
     /// The address cannot be listened at, or a thread cannot be started.
     #[error(transparent)]
     Io(#[from] std::io::Error),
-    /// It took too long.
-    #[error("not within {0:?}")]
-    Timeout(Duration),
+    /// A position was not reached.
+    #[error(transparent)]
+    Wait(#[from] WaitError),
     /// There is no randomness to draw an epoch from.
     #[error("no epoch can be drawn: {0}")]
     Random(getrandom::Error),

@@ -22,7 +22,7 @@
 //! client.ready().await?;
 //!
 //! let written = server.write("key2", "streamed").await?.position().unwrap();
-//! client.wait_for(written.revision, Duration::from_secs(10)).await?;
+//! client.wait_for(written, Duration::from_secs(10)).await?;
 //! assert_eq!(client.reader().len()?, 2);
 //!
 //! client.delete("key1").await?;
@@ -50,10 +50,10 @@ pub use error::Error;
 pub use server::Server;
 pub use tablecast_actors::client::{DiffOutcome, DiffReport, Event, Status as ClientStatus};
 pub use tablecast_actors::protocol::{
-    Change, Epoch, Hash, HeartbeatConfig, Key, Limits, MemoryStore, Position, Reader, Revision,
-    Store, StoreError, Value, Way, server::SessionConfig,
+    Chain, Change, Epoch, Hash, HeartbeatConfig, Key, Limits, MemoryStore, Position, Reader,
+    Revision, Store, StoreError, Value, Way, server::SessionConfig,
 };
 pub use tablecast_actors::server::{Applied, FollowerStatus, Status as ServerStatus, Written};
 pub use tablecast_actors::{
-    AccessError, ClientConfig, DiffAborted, DiffError, ServerConfig, access,
+    AccessError, ClientConfig, DiffAborted, DiffError, ServerConfig, WaitError, access,
 };

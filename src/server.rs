@@ -194,10 +194,10 @@ impl Server {
         self.endpoint.server()
     }
 
-    /// Accepts nobody any more, says farewell to every follower, and ends when all connections
-    /// have.
+    /// Accepts nobody any more, sends every follower what it lacks (as far as it reads within a second)
+    /// and a farewell, and ends when all connections have. The address is free then.
     pub async fn stop(self) {
-        self.endpoint.close();
+        self.endpoint.close().await;
         // It has stopped before if nobody answers.
         self.actor().send(actors::Stop).await.ok();
     }

@@ -23,12 +23,13 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use actix::prelude::*;
+use actix_rt::ArbiterHandle;
 use tablecast_protocol::client::{Counts, Output, RootOf, Session};
 use tablecast_protocol::diff::answer;
 use tablecast_protocol::server::Close;
 use tablecast_protocol::{
-    Change, DecodeError, DiffId, Digest, Hash, Position, ProtocolError, Reason, Replica, Revision,
-    StoreError, ToClient, Tree, Way,
+    Change, DecodeError, DiffId, Digest, Epoch, Hash, Position, ProtocolError, Reason, Replica,
+    Revision, StoreError, ToClient, Tree, Way,
 };
 use tokio::sync::{broadcast, oneshot};
 use tokio::time::Instant;
@@ -36,7 +37,7 @@ use tracing::{info, warn};
 
 use crate::access::Access;
 use crate::config::ClientConfig;
-use crate::error::{DiffAborted, DiffError};
+use crate::error::{DiffAborted, DiffError, WaitError};
 use crate::server::root_of;
 use backoff::Backoff;
 use middleman::{Command, ConnectionId, Middleman};
@@ -56,11 +57,13 @@ pub struct Ready;
 #[rtype(result = "Result<DiffOutcome, DiffError>")]
 pub struct Diff;
 
-/// Wait until the table holds every change up to a revision of the history that is followed;
-/// answered with where it stands then, `None` if it took too long.
+/// Wait until the table holds every change up to a revision of a history; answered with where it
+/// stands then.
 #[derive(Debug, Message)]
-#[rtype(result = "Option<Position>")]
+#[rtype(result = "Result<Position, WaitError>")]
 pub struct WaitFor {
+    /// The history.
+    pub epoch: Epoch,
     /// The revision.
     pub revision: Revision,
     /// How long to wait.
@@ -212,10 +215,15 @@ pub(crate) struct Heard(pub(crate) ConnectionId);
 #[rtype(result = "()")]
 pub(crate) struct Malformed(pub(crate) ConnectionId, pub(crate) DecodeError);
 
-/// The Middleman has ended without being told to.
+/// The Middleman has ended without being told to; its last connection.
 #[derive(Debug, Message)]
 #[rtype(result = "()")]
-pub(crate) struct MiddlemanFailed;
+pub(crate) struct MiddlemanFailed(pub(crate) ConnectionId);
+
+/// It is time to look at the clock, behind everything that has come before.
+#[derive(Debug, Message)]
+#[rtype(result = "()")]
+struct Tick;
 
 /// Something that was computed elsewhere.
 #[derive(Debug, Message)]
@@ -223,6 +231,14 @@ pub(crate) struct MiddlemanFailed;
 enum Computed {
     Root(ConnectionId, RootOf, Option<Hash>),
     Answer(ConnectionId, DiffId, Option<Result<tablecast_protocol::diff::Answer, ProtocolError>>),
+}
+
+/// Who waits for a revision of a history.
+#[derive(Debug)]
+struct Waiter {
+    epoch: Epoch,
+    revision: Revision,
+    waiter: oneshot::Sender<Result<Position, WaitError>>,
 }
 
 /// A diff that is under way.
@@ -240,6 +256,10 @@ pub struct Client {
     access: Arc<dyn Access>,
     replica: Replica,
     middleman: Option<Addr<Middleman>>,
+    /// Where the Middleman lives; on the Client's own arbiter if that is not said.
+    arbiter: Option<ArbiterHandle>,
+    /// Waits before a Middleman that failed is replaced.
+    restarts: Backoff,
     /// The connection at hand; `None` while there is none.
     link: Option<(ConnectionId, Session)>,
     /// Where the table stood when the last connection ended; `None` if something was missing, or has
@@ -255,10 +275,12 @@ pub struct Client {
     /// Waits before a diff that is asked for again.
     retries: Backoff,
     retry: Option<SpawnHandle>,
+    /// The diff that is asked for again must compare full-width hashes.
+    retry_full: bool,
     running: Option<Running>,
     /// Who waits for the diff that is due, because the last one's roots are still compared.
     next: Vec<oneshot::Sender<DiffOutcome>>,
-    waiters: Vec<(Revision, oneshot::Sender<Option<Position>>)>,
+    waiters: Vec<Waiter>,
     events: broadcast::Sender<Event>,
     applied: u64,
     refused: u64,
@@ -276,6 +298,8 @@ impl Client {
             access: Arc::new(access),
             replica,
             middleman: None,
+            arbiter: None,
+            restarts: Backoff::new(config.backoff_min, config.backoff_max),
             link: None,
             position: None,
             changed: false,
@@ -284,10 +308,11 @@ impl Client {
             due: None,
             retries: Backoff::new(config.backoff_min, config.backoff_max),
             retry: None,
+            retry_full: false,
             running: None,
             next: Vec::new(),
             waiters: Vec::new(),
-            events: broadcast::channel(config.event_capacity).0,
+            events: broadcast::channel(config.event_capacity.max(1)).0,
             applied: 0,
             refused: 0,
             connects: 0,
@@ -296,6 +321,13 @@ impl Client {
             stopping: false,
             config: Arc::new(config),
         }
+    }
+
+    /// Where the connection lives: on another arbiter than the Client, if its store may block.
+    #[must_use]
+    pub fn with_connection_on(mut self, arbiter: ArbiterHandle) -> Self {
+        self.arbiter = Some(arbiter);
+        self
     }
 
     fn now(&self) -> Duration {
@@ -320,9 +352,13 @@ impl Client {
         }
     }
 
-    fn start_middleman(&mut self, ctx: &Context<Self>) {
+    fn start_middleman(&mut self, last: ConnectionId, ctx: &Context<Self>) {
         let (config, access) = (Arc::clone(&self.config), Arc::clone(&self.access));
-        let middleman = Middleman::new(config, access, ctx.address()).start();
+        let middleman = Middleman::new(config, access, ctx.address(), last);
+        let middleman = match &self.arbiter {
+            Some(arbiter) => Middleman::start_in_arbiter(arbiter, move |_| middleman),
+            None => middleman.start(),
+        };
         middleman.do_send(Command::Connect);
         self.middleman = Some(middleman);
     }
@@ -338,7 +374,9 @@ impl Client {
                 Output::Connected(at, way) => {
                     info!(epoch = %at.epoch, revision = %at.revision, %way, "connected");
                     self.connects += 1;
+                    self.restarts.reset();
                     self.emit(|| Event::Connected(at, way));
+                    self.fail_waiters(at.epoch);
                     if way != Way::Resumed {
                         self.due = Some(self.due.unwrap_or(false));
                     }
@@ -392,7 +430,7 @@ impl Client {
 
     /// Live changes.
     fn follow(&mut self, first: Revision, changes: Vec<(Change, Digest)>, ctx: &mut Context<Self>) {
-        for (revision, (change, digest)) in (first.0..).zip(changes) {
+        for (revision, (change, digest)) in (first.0..=u64::MAX).zip(changes) {
             match self.replica.apply_digested(&change, &digest) {
                 Ok(()) => {
                     self.applied += 1;
@@ -457,10 +495,12 @@ impl Client {
 
     /// Asks for another diff after a while.
     fn retry_diff(&mut self, full: bool, ctx: &mut Context<Self>) {
+        self.retry_full |= full;
         if self.retry.is_none() {
             let wait = self.retries.next_wait();
             self.retry = Some(ctx.run_later(wait, move |client, ctx| {
                 client.retry = None;
+                let full = std::mem::take(&mut client.retry_full);
                 client.due = Some(full || client.due.unwrap_or(false));
                 client.begin_diff(ctx);
             }));
@@ -489,11 +529,16 @@ impl Client {
             root,
             server_root,
         };
-        if report.equal() {
+        // Equal at the mark; what was refused behind it is missing still.
+        let whole = self.link.as_ref().is_some_and(|(_, session)| session.position().is_some());
+        if report.equal() && whole {
             self.retries.reset();
+            self.retry_full = false;
             if let Some(retry) = self.retry.take() {
                 ctx.cancel_future(retry);
             }
+        } else if report.equal() {
+            self.retry_diff(false, ctx);
         } else {
             warn!(%revision, %root, %server_root, "the table differs from the server's");
             self.retry_diff(true, ctx);
@@ -524,9 +569,18 @@ impl Client {
         let Some(at) = self.link.as_ref().and_then(|(_, session)| session.position()) else {
             return;
         };
-        for (_, waiter) in self.waiters.extract_if(.., |(revision, _)| *revision <= at.revision) {
+        let reached =
+            |waiting: &mut Waiter| waiting.epoch == at.epoch && waiting.revision <= at.revision;
+        for Waiter { waiter, .. } in self.waiters.extract_if(.., reached) {
             // Who gave up does not wait any more.
-            waiter.send(Some(at)).ok();
+            waiter.send(Ok(at)).ok();
+        }
+    }
+
+    /// Another history began: what was waited for in the one before will not come.
+    fn fail_waiters(&mut self, now: Epoch) {
+        for Waiter { waiter, .. } in self.waiters.extract_if(.., |waiting| waiting.epoch != now) {
+            waiter.send(Err(WaitError::NewEpoch(now))).ok();
         }
     }
 
@@ -568,12 +622,8 @@ impl Client {
         let wait = at.saturating_sub(self.now()) + Duration::from_millis(1);
         self.timer = Some(ctx.run_later(wait, |client, ctx| {
             client.timer = None;
-            let now = client.now();
-            if let Some((_, session)) = &mut client.link {
-                session.handle_timeout(now);
-            }
-            client.drive(ctx);
-            client.set_timer(ctx);
+            // What came while this actor was busy is heard first.
+            ctx.address().do_send(Tick);
         }));
     }
 }
@@ -584,6 +634,13 @@ impl fmt::Debug for Client {
             .field("replica", &self.replica)
             .field("server", &self.access.address())
             .finish_non_exhaustive()
+    }
+}
+
+impl Drop for Client {
+    /// Also after a panic: a connection without its Client is of no use.
+    fn drop(&mut self) {
+        self.tell(Command::Stop);
     }
 }
 
@@ -617,7 +674,7 @@ impl Handler<Ready> for Client {
 
     fn handle(&mut self, _: Ready, ctx: &mut Context<Self>) {
         if self.middleman.is_none() && !self.stopping {
-            self.start_middleman(ctx);
+            self.start_middleman(ConnectionId(0), ctx);
         }
     }
 }
@@ -651,16 +708,21 @@ impl Handler<Diff> for Client {
 }
 
 impl Handler<WaitFor> for Client {
-    type Result = ResponseFuture<Option<Position>>;
+    type Result = ResponseFuture<Result<Position, WaitError>>;
 
     fn handle(&mut self, wait: WaitFor, _: &mut Context<Self>) -> Self::Result {
-        let WaitFor { revision, timeout } = wait;
+        let WaitFor { epoch, revision, timeout } = wait;
         let (waiter, reached) = oneshot::channel();
         // Those who gave up, most of all by a timeout of their own.
-        self.waiters.retain(|(_, waiter)| !waiter.is_closed());
-        self.waiters.push((revision, waiter));
+        self.waiters.retain(|waiting| !waiting.waiter.is_closed());
+        self.waiters.push(Waiter { epoch, revision, waiter });
         self.reach();
-        Box::pin(async move { tokio::time::timeout(timeout, reached).await.ok()?.ok().flatten() })
+        Box::pin(async move {
+            match tokio::time::timeout(timeout, reached).await {
+                Ok(reached) => reached.unwrap_or(Err(WaitError::Stopped)),
+                Err(_) => Err(WaitError::Timeout(timeout)),
+            }
+        })
     }
 }
 
@@ -763,6 +825,19 @@ impl Handler<Heard> for Client {
     }
 }
 
+impl Handler<Tick> for Client {
+    type Result = ();
+
+    fn handle(&mut self, _: Tick, ctx: &mut Context<Self>) {
+        let now = self.now();
+        if let Some((_, session)) = &mut self.link {
+            session.handle_timeout(now);
+        }
+        self.drive(ctx);
+        self.set_timer(ctx);
+    }
+}
+
 impl Handler<Malformed> for Client {
     type Result = ();
 
@@ -777,10 +852,13 @@ impl Handler<Malformed> for Client {
 impl Handler<MiddlemanFailed> for Client {
     type Result = ();
 
-    fn handle(&mut self, _: MiddlemanFailed, ctx: &mut Context<Self>) {
-        if !self.stopping {
-            self.start_middleman(ctx);
-        }
+    fn handle(&mut self, failed: MiddlemanFailed, ctx: &mut Context<Self>) {
+        let MiddlemanFailed(last) = failed;
+        ctx.run_later(self.restarts.next_wait(), move |client, ctx| {
+            if !client.stopping {
+                client.start_middleman(last, ctx);
+            }
+        });
     }
 }
 

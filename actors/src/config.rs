@@ -19,6 +19,8 @@ pub struct ServerConfig {
     pub diffs_waiting: usize,
     /// How many followers there are at most: 10,000. One more is refused as `Full`.
     pub followers: usize,
+    /// How many connections may be open beside those of followers: 1,000. One more is closed as it comes.
+    pub strangers: usize,
     /// How long a connection may take to say who it is: 10 s. Then it is closed.
     pub handshake_timeout: Duration,
     /// How many bytes are handed to a socket at once: 256 KiB. More leaves the processor's cache.
@@ -35,6 +37,7 @@ impl Default for ServerConfig {
             diffs_at_once: 4,
             diffs_waiting: 10_000,
             followers: 10_000,
+            strangers: 1000,
             handshake_timeout: Duration::from_secs(10),
             flush_bytes: 256 << 10,
             event_capacity: 1024,

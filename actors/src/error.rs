@@ -58,6 +58,21 @@ pub enum DiffError {
     Stopped,
 }
 
+/// Why a position was not reached.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum WaitError {
+    /// It took too long.
+    #[error("not within {0:?}")]
+    Timeout(std::time::Duration),
+    /// The server has begun another history, or is another one: the revision will not come.
+    #[error("the follower has gone over to history {0}")]
+    NewEpoch(tablecast_protocol::Epoch),
+    /// The client has ended.
+    #[error("the client has stopped")]
+    Stopped,
+}
+
 /// Why a diff ended without a report.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]

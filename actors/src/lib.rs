@@ -15,7 +15,7 @@
 //! | [`server::middleman::Middleman`] | one connection and its session | one of a few arbiters | with its connection |
 //! | [`server::differ::Differ`] | one walk | one of a few arbiters | with its diff |
 //! | [`client::Client`] | the follower's table and session | any arbiter | when told |
-//! | [`client::middleman::Middleman`] | one connection after the other | the Client's arbiter | with its Client |
+//! | [`client::middleman::Middleman`] | one connection after the other | an arbiter of its own | with its Client |
 //!
 //! Who ends with whom: a Differ that fails ends its diff, not the connection. A Middleman that fails
 //! ends its Differ and its connection, and the client connects again. Neither harms the Server or
@@ -33,5 +33,5 @@ mod error;
 pub mod server;
 
 pub use config::{ClientConfig, ServerConfig};
-pub use error::{AccessError, DiffAborted, DiffError};
+pub use error::{AccessError, DiffAborted, DiffError, WaitError};
 pub use tablecast_protocol as protocol;

@@ -104,7 +104,8 @@ pub struct GetStatus;
 #[rtype(result = "Vec<FollowerStatus>")]
 pub struct GetFollowers;
 
-/// Closes all connections with a farewell and ends. Answered when the last one is closed.
+/// Sends every follower what it lacks, as far as it reads within a second, and a farewell, and ends.
+/// Answered when the last connection is closed.
 #[derive(Debug, Message)]
 #[rtype(result = "()")]
 pub struct Stop;
@@ -240,7 +241,7 @@ impl Server {
             running: Vec::new(),
             waiting: VecDeque::new(),
             awaiting: Vec::new(),
-            changes: broadcast::channel(config.event_capacity).0,
+            changes: broadcast::channel(config.event_capacity.max(1)).0,
             refused: 0,
             stopping: None,
             config,
@@ -277,7 +278,7 @@ impl Server {
 
     /// Lets waiting diffs run while there are places.
     fn admit(&mut self) {
-        while self.running.len() < self.config.diffs_at_once {
+        while self.running.len() < self.config.diffs_at_once.max(1) {
             let Some((follower, diff)) = self.waiting.pop_front() else { return };
             self.running.push((follower, diff));
             self.reply(follower, Reply::Admitted(diff));
@@ -322,6 +323,17 @@ impl Server {
                 waiter.send(()).ok();
             }
             ctx.stop();
+        }
+    }
+}
+
+impl Drop for Server {
+    /// Also after a panic, of a store most of all: nobody may think that it is still served.
+    fn drop(&mut self) {
+        for follower in self.followers.values() {
+            follower
+                .middleman
+                .do_send(Reply::Close(Reason::Failed, "the server failed".to_owned()));
         }
     }
 }
@@ -466,7 +478,7 @@ impl Handler<Stop> for Server {
         self.stopping.get_or_insert_default().push(waiter);
         self.awaiting.clear();
         for follower in self.followers.values() {
-            follower.middleman.do_send(Reply::Close(Reason::Stopping, String::new()));
+            follower.middleman.do_send(Reply::Stop);
         }
         self.stop_if_alone(ctx);
         Box::pin(async move { drop(stopped.await) })

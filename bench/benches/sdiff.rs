@@ -13,8 +13,7 @@ use std::time::{Duration, Instant};
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use tablecast::access::tcp::TcpAccess;
 use tablecast::{
-    Change, Client, ClientConfig, DiffOutcome, Event, Key, MemoryStore, Revision, Server,
-    ServerConfig, Value,
+    Change, Client, ClientConfig, DiffOutcome, Event, Key, MemoryStore, Server, ServerConfig, Value,
 };
 use tablecast_actors::server::Write;
 use tablecast_bench::{disturb, follow, keys, missing, serve, store};
@@ -119,7 +118,7 @@ fn stream_10000(c: &mut Criterion) {
         b.iter(|| {
             runtime.block_on(async {
                 let mut flying = VecDeque::with_capacity(IN_FLIGHT);
-                let mut last = Revision::ZERO;
+                let mut last = None;
                 for number in 0..10_000 {
                     let (key, value) = change(&keys, number);
                     let write = Write(vec![Change::write(key, value)]);
@@ -129,9 +128,9 @@ fn stream_10000(c: &mut Criterion) {
                     }
                 }
                 for write in flying {
-                    last = write.await.unwrap().unwrap().position().unwrap().revision;
+                    last = write.await.unwrap().unwrap().position();
                 }
-                client.wait_for(last, LONG).await.unwrap();
+                client.wait_for(last.unwrap(), LONG).await.unwrap();
             });
         });
     });

@@ -528,9 +528,9 @@ impl Session {
                     return Err(ProtocolError::Chain { revision: revision.0 });
                 }
                 // A key that could not be repaired is missing still.
-                self.whole = diff.counts.failed + failed == 0 && !self.refused;
+                self.whole = diff.counts.failed.saturating_add(failed) == 0 && !self.refused;
                 diff.counts.suppressed = suppressed;
-                diff.counts.failed += failed;
+                diff.counts.failed = diff.counts.failed.saturating_add(failed);
                 let (diff, counts) = (diff.id, diff.counts);
                 self.check = Some(Check { diff, counts, mark: revision, ours: None, theirs: None });
                 self.outputs.push_back(Output::Mark(revision));

@@ -146,6 +146,8 @@ pub struct Session {
     cursor: Revision,
     /// Welcome has been said: the end of the connection is a farewell, no refusal.
     welcomed: bool,
+    /// To be closed at the end of the log.
+    stopping: bool,
     /// How often the cursor fell off the log.
     jumps: u32,
     /// The last diff that was asked for.
@@ -323,6 +325,7 @@ impl Session {
             state: State::Hello,
             cursor: Revision::ZERO,
             welcomed: false,
+            stopping: false,
             jumps: 0,
             last_diff: DiffId(0),
             unacknowledged: 0,
@@ -663,6 +666,15 @@ impl Session {
         }
     }
 
+    /// The server stops: the connection ends as soon as the stream has reached the end of the log.
+    pub fn handle_stop(&mut self) {
+        match self.state {
+            State::Closed => {}
+            State::Hello | State::Subscribing => self.close(Reason::Stopping, String::new()),
+            State::Relay | State::Diff(_) => self.stopping = true,
+        }
+    }
+
     /// The connection is to end, for this reason: says so.
     pub fn handle_close(&mut self, reason: Reason, text: impl Into<String>) {
         if self.state != State::Closed {
@@ -707,6 +719,9 @@ impl Session {
                 && let Next::Chunk(chunk) = next
             {
                 return Some(Transmit::Live(self.send_live(chunk)));
+            }
+            if self.control.is_empty() && self.stopping {
+                self.close(Reason::Stopping, String::new());
             }
         }
         self.control.pop_front().map(Transmit::Message)

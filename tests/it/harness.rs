@@ -90,7 +90,7 @@ pub fn entries(reader: &dyn Reader) -> Vec<(Key, Value)> {
 
 /// Waits until the follower has reached the server's head, and compares them entry by entry.
 pub async fn assert_converges(server: &Server, client: &Client) {
-    let head = server.status().await.unwrap().position.unwrap().revision;
+    let head = server.status().await.unwrap().position.unwrap();
     client.wait_for(head, LONG).await.unwrap();
     let (ours, theirs) = (entries(&**server.reader()), entries(&**client.reader()));
     assert_eq!(ours.len(), theirs.len());

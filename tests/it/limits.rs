@@ -150,7 +150,7 @@ async fn what_is_too_large_is_refused_at_write() {
     // At the limit it goes through: live, and as a repair.
     let largest: Value = (0..limit).map(|n| n as u8).collect::<Vec<_>>().into();
     let written = server.write(vec![1; 65_536], largest.clone()).await.unwrap();
-    client.wait_for(written.position().unwrap().revision, LONG).await.unwrap();
+    client.wait_for(written.position().unwrap(), LONG).await.unwrap();
     assert_eq!(client.reader().get(&[1; 65_536]).unwrap(), Some(largest));
     let empty = follower(address, MemoryStore::new());
     assert_eq!(connect(&empty).await.written, 1);

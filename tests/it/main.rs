@@ -15,6 +15,7 @@
 #[cfg(feature = "cli")]
 mod cli;
 mod diff;
+mod faults;
 mod harness;
 mod limits;
 mod model;

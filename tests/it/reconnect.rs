@@ -79,14 +79,14 @@ async fn a_follower_that_does_not_read_falls_behind_and_harms_nobody() {
         written = server.batch(batch).await.unwrap().position();
         // The quick one keeps up, as far as one core lets it: it is not slowed by the other.
         if number % 20 == 0 {
-            let head = written.unwrap().revision;
+            let head = written.unwrap();
             quick.wait_for(head, crate::harness::LONG).await.unwrap();
         }
         let status = server.status().await.unwrap();
         assert!(status.log_bytes <= (1 << 20) + (64 << 10), "{} bytes", status.log_bytes);
     }
-    let head = written.unwrap().revision;
-    assert_eq!(head.0, WRITES as u64);
+    let head = written.unwrap();
+    assert_eq!(head.revision.0, WRITES as u64);
     quick.wait_for(head, crate::harness::LONG).await.unwrap();
     assert_eq!(quick.status().await.unwrap().fell_behind, 0);
     assert_converges(&server, &quick).await;
@@ -163,7 +163,7 @@ async fn a_server_that_continues_its_history_resumes_and_a_restored_one_does_not
     let early = server.write(key(1), "one").await.unwrap().position().unwrap();
     let older: MemoryStore = crate::harness::entries(&store).into_iter().collect();
     let late = server.write(key(2), "two").await.unwrap().position().unwrap();
-    client.wait_for(late.revision, crate::harness::LONG).await.unwrap();
+    client.wait_for(late, crate::harness::LONG).await.unwrap();
     within(server.stop()).await;
 
     let again = async |store: MemoryStore, at| {
@@ -184,7 +184,7 @@ async fn a_server_that_continues_its_history_resumes_and_a_restored_one_does_not
     let found = report(&mut events).await;
     assert!(found.equal() && found.written == 1, "{found:?}");
     let lost = server.write(key(3), "three").await.unwrap().position().unwrap();
-    client.wait_for(lost.revision, crate::harness::LONG).await.unwrap();
+    client.wait_for(lost, crate::harness::LONG).await.unwrap();
     within(server.stop()).await;
 
     let older: MemoryStore = crate::harness::entries(&older).into_iter().collect();

@@ -79,7 +79,7 @@ async fn nobody_is_accepted_before_the_server_is_ready() {
         _ => None,
     });
     assert_eq!(connected.await, position);
-    client.wait_for(position.revision, LONG).await.unwrap();
+    client.wait_for(position, LONG).await.unwrap();
     assert_converges(&server, &client).await;
 }
 
@@ -97,7 +97,7 @@ fn handles_work_without_an_actix_system() {
                 .unwrap();
                 client.ready().await.unwrap();
                 let written = server.write("k", "v").await.unwrap().position().unwrap();
-                client.wait_for(written.revision, LONG).await.unwrap();
+                client.wait_for(written, LONG).await.unwrap();
                 (server, client)
             },
         );

@@ -1,8 +1,9 @@
 //! The client's Middleman: one connection after the other.
 //!
-//! The Client starts it. It connects, decodes what comes and hands it over, writes what it is given, and
-//! connects again after a while when the connection ends. It decides nothing: the session is the
-//! Client's, so that what is applied and what is answered are decided in one turn.
+//! The Client starts it, on an arbiter of its own as a rule, so that a store that blocks the Client
+//! does not make it look dead. It connects, decodes what comes and hands it over, writes what it is
+//! given, and connects again after a while when the connection ends. It decides nothing: the session
+//! is the Client's, so that what is applied and what is answered are decided in one turn.
 
 use std::fmt;
 use std::pin::Pin;
@@ -16,7 +17,7 @@ use tokio::time::Instant;
 use tracing::{debug, info};
 
 use super::backoff::Backoff;
-use super::{Client, Heard, LinkDown, LinkUp, Malformed, Received, Traffic};
+use super::{Client, Heard, LinkDown, LinkUp, Malformed, MiddlemanFailed, Received, Traffic};
 use crate::access::codec::Framed;
 use crate::access::{Access, Stream};
 use crate::config::ClientConfig;
@@ -74,17 +75,10 @@ impl Middleman {
         config: Arc<ClientConfig>,
         access: Arc<dyn Access>,
         client: Addr<Client>,
+        last: ConnectionId,
     ) -> Self {
         let backoff = Backoff::new(config.backoff_min, config.backoff_max);
-        Self {
-            config,
-            access,
-            client,
-            backoff,
-            connection: ConnectionId(0),
-            link: None,
-            stopping: false,
-        }
+        Self { config, access, client, backoff, connection: last, link: None, stopping: false }
     }
 
     fn connect(&self, ctx: &mut Context<Self>) {
@@ -162,6 +156,11 @@ impl Middleman {
             };
             let frame = frame.ok_or(AccessError::Closed)?;
             match wire::decode::<ToClient>(&frame, &self.config.limits) {
+                // Answered here: the Client may be busy applying, and is alive all the same.
+                Ok(ToClient::Ping {}) => {
+                    link.framed.queue(wire::encode(&ToServer::Pong {}));
+                    self.client.do_send(Heard(connection));
+                }
                 Ok(message) => {
                     if matches!(message, ToClient::Welcome { .. }) {
                         link.framed.set_max_frame_bytes(self.config.limits.frame_bytes);
@@ -170,8 +169,8 @@ impl Middleman {
                     link.waiting += frame.len();
                     let (sent, received) = link.base;
                     let traffic = Traffic {
-                        sent: link.framed.sent - sent,
-                        received: link.framed.decoded() - received,
+                        sent: link.framed.sent.saturating_sub(sent),
+                        received: link.framed.decoded().saturating_sub(received),
                     };
                     let bytes = frame.len();
                     self.client.do_send(Received { connection, message, bytes, traffic });
@@ -226,7 +225,7 @@ impl Drop for Middleman {
             self.client.do_send(LinkDown(self.connection, "the connection failed".to_owned()));
         }
         if !self.stopping {
-            self.client.do_send(super::MiddlemanFailed);
+            self.client.do_send(MiddlemanFailed(self.connection));
         }
     }
 }

@@ -8,6 +8,7 @@ use actix::prelude::*;
 use actix_rt::ArbiterHandle;
 use tablecast_protocol::{FollowerId, Table};
 use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
 use tracing::{debug, warn};
 
 use super::middleman::{Middleman, Shared};
@@ -36,7 +37,7 @@ pub struct Endpoint {
     shared: Shared,
     connections: Arc<[ArbiterHandle]>,
     next: Arc<AtomicU64>,
-    stopping: CancellationToken,
+    listeners: TaskTracker,
 }
 
 impl Endpoint {
@@ -66,13 +67,20 @@ impl Endpoint {
         let log = server.log();
         let server = Server::start_in_arbiter(&arbiters.server, move |_| server);
         let differs = arbiters.differs.as_slice().into();
-        let shared = Shared { config: Arc::new(config), server: server.clone(), log, differs };
+        let shared = Shared {
+            config: Arc::new(config),
+            server: server.clone(),
+            log,
+            differs,
+            stopping: CancellationToken::new(),
+            open: Arc::default(),
+        };
         Self {
             server,
             shared,
             connections: arbiters.connections.as_slice().into(),
             next: Arc::new(AtomicU64::new(1)),
-            stopping: CancellationToken::new(),
+            listeners: TaskTracker::new(),
         }
     }
 
@@ -85,20 +93,22 @@ impl Endpoint {
     pub fn listen(&self, listener: impl Listener) {
         if let Some(arbiter) = self.connections.first() {
             let this = self.clone();
-            let stopping = self.stopping.clone();
-            arbiter.spawn(async move {
+            let stopping = self.shared.stopping.clone();
+            arbiter.spawn(self.listeners.track_future(async move {
                 tokio::select! {
                     biased;
                     () = stopping.cancelled() => {}
                     () = this.accept(listener) => {}
                 }
-            });
+            }));
         }
     }
 
-    /// Accepts no more connections.
-    pub fn close(&self) {
-        self.stopping.cancel();
+    /// Accepts no more connections, and closes those that there are; done when nobody listens any more.
+    pub async fn close(&self) {
+        self.shared.stopping.cancel();
+        self.listeners.close();
+        self.listeners.wait().await;
     }
 
     async fn accept(self, mut listener: impl Listener) {
@@ -107,6 +117,9 @@ impl Endpoint {
         }
         loop {
             match listener.accept().await {
+                Ok(incoming) if self.shared.open.load(Ordering::Relaxed) >= self.most() => {
+                    warn!(peer = incoming.peer, limit = self.most(), "too many connections");
+                }
                 Ok(incoming) => self.serve(incoming),
                 Err(error) => {
                     warn!(address = listener.address(), %error, "cannot accept");
@@ -114,6 +127,11 @@ impl Endpoint {
                 }
             }
         }
+    }
+
+    /// How many connections there may be, those that have not said Hello included.
+    fn most(&self) -> usize {
+        self.shared.config.followers.saturating_add(self.shared.config.strangers)
     }
 
     fn serve(&self, incoming: Incoming) {

@@ -11,7 +11,7 @@
 
 use std::fmt;
 use std::pin::Pin;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{self, Poll};
 use std::time::Duration;
@@ -25,6 +25,7 @@ use tablecast_protocol::{
     Way, wire,
 };
 use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
 use tracing::{debug, info, warn};
 
 use super::differ::{Abandon, Answered, Differ, Order};
@@ -60,6 +61,10 @@ pub(crate) enum Reply {
     BadAnswer(DiffId, ProtocolError),
     Root(Revision, Option<Hash>),
     Close(Reason, String),
+    /// The server stops: what is in the log goes out first, for a while.
+    Stop,
+    /// Nobody is let in any more. The Server tells those who are.
+    Unserved,
 }
 
 /// What all Middlemen of a server share.
@@ -70,6 +75,10 @@ pub(crate) struct Shared {
     pub(crate) log: SharedLog,
     /// Where Differs run.
     pub(crate) differs: Arc<[ArbiterHandle]>,
+    /// The server stops.
+    pub(crate) stopping: CancellationToken,
+    /// How many connections there are, strangers included.
+    pub(crate) open: Arc<AtomicUsize>,
 }
 
 /// The actor.
@@ -96,6 +105,7 @@ impl Middleman {
         stream: Box<dyn Stream>,
         address: String,
     ) -> Self {
+        shared.open.fetch_add(1, Ordering::Relaxed);
         let session = Session::new(shared.config.session, follower, Duration::ZERO);
         let status = FollowerStatus { id: follower.0, address, ..FollowerStatus::default() };
         Self {
@@ -300,6 +310,8 @@ impl Middleman {
         cx: &mut task::Context<'_>,
     ) -> Result<(), AccessError> {
         let mut more = self.read(ctx, cx)?;
+        // What has come already is read on when the answers to what came before are out.
+        let held = !self.session.wants_input();
         for turn in 0.. {
             self.fill(ctx);
             if self.framed.queued() == 0 {
@@ -319,7 +331,7 @@ impl Middleman {
             if self.framed.poll_shutdown(cx).is_ready() {
                 ctx.stop();
             }
-        } else if more {
+        } else if more || (held && self.session.wants_input()) {
             cx.waker().wake_by_ref();
         }
         let Self { session, framed, .. } = &*self;
@@ -348,6 +360,12 @@ impl Actor for Middleman {
 
     fn started(&mut self, ctx: &mut Context<Self>) {
         ctx.spawn(Pump);
+        let (stopping, this) = (self.shared.stopping.clone(), ctx.address());
+        let stop = async move {
+            stopping.cancelled_owned().await;
+            this.do_send(Reply::Unserved);
+        };
+        ctx.spawn(stop.into_actor(self));
         self.set_timer(ctx);
         let limit = self.shared.config.handshake_timeout;
         ctx.run_later(limit, move |middleman, ctx| {
@@ -364,6 +382,7 @@ impl Drop for Middleman {
     /// Also after a panic, which ends this connection and nothing else.
     fn drop(&mut self) {
         self.abandon();
+        self.shared.open.fetch_sub(1, Ordering::Relaxed);
         self.shared.server.do_send(Gone(self.follower));
     }
 }
@@ -409,6 +428,16 @@ impl Handler<Reply> for Middleman {
             Reply::Root(revision, Some(root)) => session.handle_root(revision, root),
             Reply::Root(_, None) => session.handle_close(Reason::Failed, "no root"),
             Reply::Close(reason, text) => session.handle_close(reason, text),
+            Reply::Unserved => {
+                if !matches!(session.state(), "Relay" | "Diff") {
+                    session.handle_stop();
+                }
+            }
+            Reply::Stop => {
+                session.handle_stop();
+                let stop = Reply::Close(Reason::Stopping, String::new());
+                ctx.run_later(LAST_WORDS, |_, ctx| ctx.address().do_send(stop));
+            }
         }
         self.drive(ctx);
     }
