@@ -1,6 +1,6 @@
 //! What a transport must give: streams of bytes, in order, both ways.
 //!
-//! Frames are put around them here ([`codec`]), so that a transport needs to know nothing of the
+//! Frames are put around them here (`codec.rs`), so that a transport needs to know nothing of the
 //! protocol. There are two: [`tcp`], and [`memory`] within a process, which is also the smallest
 //! example of one.
 

@@ -147,6 +147,16 @@ pub enum Event {
     },
     /// Changes were missed; a diff follows.
     FellBehind(Revision),
+    /// Roots were compared at a mark, and are not equal: the table has diverged without anybody noticing.
+    /// A diff at full width follows.
+    Diverged {
+        /// The mark.
+        revision: Revision,
+        /// This table's root there.
+        root: Hash,
+        /// The server's root there.
+        server_root: Hash,
+    },
     /// A diff ended.
     Diff(DiffOutcome),
     /// The store refused a change. A diff follows.
@@ -174,6 +184,10 @@ pub struct Status {
     pub connects: u64,
     /// How often the follower fell behind.
     pub fell_behind: u64,
+    /// The last mark at which this table's root was that of the server.
+    pub verified: Option<Revision>,
+    /// How often it was not, where nothing was known to be missing.
+    pub diverged: u64,
     /// How the last diff ended.
     pub last_diff: Option<DiffOutcome>,
 }
@@ -286,6 +300,8 @@ pub struct Client {
     refused: u64,
     connects: u64,
     fell_behind: u64,
+    verified: Option<Revision>,
+    diverged: u64,
     last_diff: Option<DiffOutcome>,
     stopping: bool,
 }
@@ -317,6 +333,8 @@ impl Client {
             refused: 0,
             connects: 0,
             fell_behind: 0,
+            verified: None,
+            diverged: 0,
             last_diff: None,
             stopping: false,
             config: Arc::new(config),
@@ -399,6 +417,9 @@ impl Client {
                 }
                 Output::DiffDone { counts, revision, root, server_root, .. } => {
                     self.diff_done(counts, revision, root, server_root, ctx);
+                }
+                Output::Verified { revision, root, server_root } => {
+                    self.verified(revision, root, server_root);
                 }
                 Output::DiffAborted { reason, .. } => {
                     self.diff_aborted(DiffAborted::Server(reason), ctx);
@@ -532,6 +553,7 @@ impl Client {
         // Equal at the mark; what was refused behind it is missing still.
         let whole = self.link.as_ref().is_some_and(|(_, session)| session.position().is_some());
         if report.equal() && whole {
+            self.verified = Some(revision);
             self.retries.reset();
             self.retry_full = false;
             if let Some(retry) = self.retry.take() {
@@ -582,6 +604,19 @@ impl Client {
         for Waiter { waiter, .. } in self.waiters.extract_if(.., |waiting| waiting.epoch != now) {
             waiter.send(Err(WaitError::NewEpoch(now))).ok();
         }
+    }
+
+    /// Roots were compared at a mark that no diff ended with.
+    fn verified(&mut self, revision: Revision, root: Hash, server_root: Hash) {
+        if root == server_root {
+            self.verified = Some(revision);
+            return;
+        }
+        warn!(%revision, %root, %server_root, "the table has diverged from the server's");
+        self.diverged += 1;
+        self.emit(|| Event::Diverged { revision, root, server_root });
+        // At once; should that not heal it, the next ones are asked for more and more slowly.
+        self.due = Some(true);
     }
 
     // The connection.
@@ -742,6 +777,8 @@ impl Handler<GetStatus> for Client {
             refused: self.refused,
             connects: self.connects,
             fell_behind: self.fell_behind,
+            verified: self.verified,
+            diverged: self.diverged,
             last_diff: self.last_diff.clone(),
         })
     }

@@ -17,6 +17,9 @@ pub struct ServerConfig {
     pub diffs_at_once: usize,
     /// How many diffs wait at most: 10,000. One more is aborted as `Busy`, and asked for again.
     pub diffs_waiting: usize,
+    /// How often all followers that lack nothing compare their roots with the server's: every 60 s.
+    /// `None` is after diffs only.
+    pub verify_every: Option<Duration>,
     /// How many followers there are at most: 10,000. One more is refused as `Full`.
     pub followers: usize,
     /// How many connections may be open beside those of followers: 1,000. One more is closed as it comes.
@@ -36,6 +39,7 @@ impl Default for ServerConfig {
             log_bytes: 64 << 20,
             diffs_at_once: 4,
             diffs_waiting: 10_000,
+            verify_every: Some(Duration::from_secs(60)),
             followers: 10_000,
             strangers: 1000,
             handshake_timeout: Duration::from_secs(10),

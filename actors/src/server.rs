@@ -11,7 +11,7 @@
 //! | [`Ready`], [`ContinueFrom`], [`Await`] | the position at which the history began | user |
 //! | [`GetStatus`], [`GetFollowers`], [`Snapshot`], [`Subscribe`] | what is asked for | user |
 //! | [`Stop`] | when the last connection is closed | user |
-//! | [`Connect`], [`Ask`], [`Gone`] | a [`middleman::Reply`], later | Middleman |
+//! | `Connect`, `Ask`, `Gone` | a `Reply`, later | Middleman |
 
 pub mod differ;
 mod endpoint;
@@ -188,6 +188,16 @@ pub(crate) enum Question {
     End,
 }
 
+/// It is time to compare roots.
+#[derive(Debug, Message)]
+#[rtype(result = "()")]
+struct SetCheckpoint;
+
+/// The root at a checkpoint.
+#[derive(Debug, Message)]
+#[rtype(result = "()")]
+struct SetRoot(u64, Option<Hash>);
+
 /// A connection has ended, however.
 #[derive(Debug, Message)]
 #[rtype(result = "()")]
@@ -217,6 +227,8 @@ pub struct Server {
     awaiting: Vec<oneshot::Sender<Option<Position>>>,
     changes: broadcast::Sender<Applied>,
     refused: u64,
+    /// The root at the newest checkpoint is being computed.
+    hashing: bool,
     /// Told to stop: who waits for the last connection to end.
     stopping: Option<Vec<oneshot::Sender<()>>>,
 }
@@ -243,6 +255,7 @@ impl Server {
             awaiting: Vec::new(),
             changes: broadcast::channel(config.event_capacity.max(1)).0,
             refused: 0,
+            hashing: false,
             stopping: None,
             config,
         }
@@ -262,10 +275,15 @@ impl Server {
             grown = true;
         }
         if grown {
-            for follower in self.followers.values() {
-                if !follower.woken.swap(true, Ordering::AcqRel) {
-                    follower.middleman.do_send(Reply::Grown);
-                }
+            self.wake();
+        }
+    }
+
+    /// Wakes the Middlemen that do not know yet that there is something new in the log.
+    fn wake(&self) {
+        for follower in self.followers.values() {
+            if !follower.woken.swap(true, Ordering::AcqRel) {
+                follower.middleman.do_send(Reply::Grown);
             }
         }
     }
@@ -345,6 +363,10 @@ impl Actor for Server {
         // The default, 16, would make writers wait for each other's wake-ups.
         ctx.set_mailbox_capacity(1024);
         ctx.spawn(Publish);
+        if let Some(every) = self.config.verify_every {
+            // Through the mailbox, so that `Publish` runs behind it.
+            ctx.run_interval(every, |_, ctx| ctx.address().do_send(SetCheckpoint));
+        }
     }
 }
 
@@ -543,6 +565,35 @@ impl Handler<Ask> for Server {
                 self.reply(follower, Reply::Marked(diff, head, self.table.tree().clone()));
             }
             Question::End => self.end_diffs(|f, d| (f, d) == (follower, diff)),
+        }
+    }
+}
+
+impl Handler<SetCheckpoint> for Server {
+    type Result = ();
+
+    fn handle(&mut self, _: SetCheckpoint, ctx: &mut Context<Self>) {
+        if self.table.position().is_none() || self.followers.is_empty() || self.hashing {
+            return;
+        }
+        self.publish();
+        let number = self.log.lock().set_checkpoint();
+        self.hashing = true;
+        self.wake();
+        let (tree, this) = (self.table.tree().clone(), ctx.address());
+        let root = async move { this.do_send(SetRoot(number, root_of(tree).await)) };
+        ctx.spawn(root.into_actor(self));
+    }
+}
+
+impl Handler<SetRoot> for Server {
+    type Result = ();
+
+    fn handle(&mut self, SetRoot(number, root): SetRoot, _: &mut Context<Self>) {
+        self.hashing = false;
+        if let Some(root) = root {
+            self.log.lock().set_root(number, root);
+            self.wake();
         }
     }
 }

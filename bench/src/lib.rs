@@ -122,6 +122,7 @@ pub async fn follow(
             | Event::Disconnected(_)
             | Event::Change { .. }
             | Event::FellBehind(_)
+            | Event::Diverged { .. }
             | Event::Refused(_) => {}
         }
     }

@@ -8,18 +8,18 @@
 //!   any state ── Refuse, Farewell, a message that must not come ── Closed
 //! ```
 //!
-//! | state \ message | `Welcome` | `Refuse` | `Farewell` | `Live` | `FellBehind` | `SyncStart` | `SyncRequest` | `SyncSeq` | `Repair` | `SyncDone` | `SyncAbort` | `Verify` | `Ping` | `Pong` |
-//! |---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|
-//! | Hello | accept | accept | close | close | close | close | close | close | close | close | close | close | accept | accept |
-//! | Relay | close | close | accept | accept | accept | close | close | close | close | close | close | accept | accept | accept |
-//! | PreDiff | close | close | accept | accept | accept | accept | close | close | close | close | accept | close | accept | accept |
-//! | Diff | close | close | accept | accept | close | close | accept | accept | close | close | accept | close | accept | accept |
-//! | PostDiff | close | close | accept | accept | close | close | close | close | accept | accept | accept | close | accept | accept |
-//! | Closed | ignore | ignore | ignore | ignore | ignore | ignore | ignore | ignore | ignore | ignore | ignore | ignore | ignore | ignore |
+//! | state \ message | `Welcome` | `Refuse` | `Farewell` | `Live` | `FellBehind` | `SyncStart` | `SyncRequest` | `SyncSeq` | `Repair` | `SyncDone` | `SyncAbort` | `Verify` | `Ping` | `Pong` | `Mark` |
+//! |---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|
+//! | Hello | accept | accept | close | close | close | close | close | close | close | close | close | close | accept | accept | close |
+//! | Relay | close | close | accept | accept | accept | close | close | close | close | close | close | accept | accept | accept | accept |
+//! | PreDiff | close | close | accept | accept | accept | accept | close | close | close | close | accept | ignore | accept | accept | ignore |
+//! | Diff | close | close | accept | accept | close | close | accept | accept | close | close | accept | ignore | accept | accept | ignore |
+//! | PostDiff | close | close | accept | accept | close | close | close | close | accept | accept | accept | ignore | accept | accept | ignore |
+//! | Closed | ignore | ignore | ignore | ignore | ignore | ignore | ignore | ignore | ignore | ignore | ignore | ignore | ignore | ignore | ignore |
 //!
 //! *Accept* still closes on what only a broken server says: a number of another diff, a live change
-//! that does not follow the one before it, more repairs than announced, a `Verify` of no mark.
-//! `FellBehind` comes after
+//! that does not follow the one before it, more repairs than announced, a `Mark` elsewhere than
+//! where the stream stands. A `Verify` of a mark that was not taken is ignored. `FellBehind` comes after
 //! the abort of a diff that ran, so it does not come in Diff and PostDiff.
 //!
 //! Live changes are applied in every state, in their order, each once. What makes repairs right
@@ -137,8 +137,8 @@ pub struct Counts {
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 struct Check {
-    diff: DiffId,
-    counts: Counts,
+    /// What is verified: the end of a diff, or the table from time to time.
+    of: Option<(DiffId, Counts)>,
     mark: Revision,
     ours: Option<Hash>,
     theirs: Option<Hash>,
@@ -200,6 +200,15 @@ pub enum Output {
         /// Where the roots were compared.
         revision: Revision,
         /// Our root at the end.
+        root: Hash,
+        /// The server's there.
+        server_root: Hash,
+    },
+    /// Both ends' roots at a mark are known. If they are not equal, diff now, at full width.
+    Verified {
+        /// The mark.
+        revision: Revision,
+        /// Our root there.
         root: Hash,
         /// The server's there.
         server_root: Hash,
@@ -304,7 +313,11 @@ impl Session {
                 state
             }
             (state, ToClient::Verify { revision, root }) => {
-                self.verify(revision, root)?;
+                self.verify(revision, root);
+                state
+            }
+            (state, ToClient::Mark { revision }) => {
+                self.mark(&state, revision)?;
                 state
             }
             (state, ToClient::FellBehind { jumps, revision, chain }) => {
@@ -531,8 +544,8 @@ impl Session {
                 self.whole = diff.counts.failed.saturating_add(failed) == 0 && !self.refused;
                 diff.counts.suppressed = suppressed;
                 diff.counts.failed = diff.counts.failed.saturating_add(failed);
-                let (diff, counts) = (diff.id, diff.counts);
-                self.check = Some(Check { diff, counts, mark: revision, ours: None, theirs: None });
+                let of = Some((diff.id, diff.counts));
+                self.check = Some(Check { of, mark: revision, ours: None, theirs: None });
                 self.outputs.push_back(Output::Mark(revision));
                 Ok(State::Relay)
             }
@@ -540,29 +553,46 @@ impl Session {
         }
     }
 
-    fn verify(&mut self, revision: Revision, root: Hash) -> Result<(), ProtocolError> {
+    fn verify(&mut self, revision: Revision, root: Hash) {
         match &mut self.check {
             Some(check) if check.mark == revision && check.theirs.is_none() => {
                 check.theirs = Some(root);
                 self.compare();
-                Ok(())
             }
-            Some(_) | None => {
-                let stands = self.stream.map_or(0, |stream| stream.revision.0);
-                Err(ProtocolError::Revision { got: "Verify", revision: revision.0, stands })
-            }
+            // Of a mark that was passed while something was missing, or a diff was under way.
+            Some(_) | None => {}
         }
     }
 
+    /// A place to compare roots at, which is of use only while nothing is known to be missing.
+    fn mark(&mut self, state: &State, revision: Revision) -> Result<(), ProtocolError> {
+        let stands = self.stream.map_or(Revision::ZERO, |stream| stream.revision);
+        if revision != stands {
+            let (revision, stands) = (revision.0, stands.0);
+            return Err(ProtocolError::Revision { got: "Mark", revision, stands });
+        }
+        let diffing = self.check.as_ref().is_some_and(|check| check.of.is_some());
+        if self.whole && !diffing && *state == State::Relay {
+            self.check = Some(Check { of: None, mark: revision, ours: None, theirs: None });
+            self.outputs.push_back(Output::Mark(revision));
+        }
+        Ok(())
+    }
+
     fn compare(&mut self) {
-        if let Some(Check { diff, counts, mark, ours: Some(root), theirs: Some(server_root) }) =
+        if let Some(Check { of, mark, ours: Some(root), theirs: Some(server_root) }) =
             self.check.take_if(|check| check.ours.is_some() && check.theirs.is_some())
         {
             self.outputs.push_back(Output::Send(ToServer::Verified { revision: mark, root }));
             // A position that is known to be wrong is none.
             self.whole &= root == server_root;
             let revision = mark;
-            self.outputs.push_back(Output::DiffDone { diff, counts, revision, root, server_root });
+            self.outputs.push_back(match of {
+                Some((diff, counts)) => {
+                    Output::DiffDone { diff, counts, revision, root, server_root }
+                }
+                None => Output::Verified { revision, root, server_root },
+            });
         }
     }
 
@@ -575,7 +605,7 @@ impl Session {
     /// If one is under way (until its report is out), or there is no connection.
     pub fn handle_diff(&mut self, tree: Tree, full: bool) -> Result<DiffId, NotNow> {
         match self.state {
-            State::Relay if self.check.is_none() => {}
+            State::Relay if !self.is_comparing() => self.check = None,
             State::Relay | State::PreDiff { .. } | State::Diff { .. } | State::PostDiff { .. } => {
                 return Err(NotNow::AlreadyDiffing);
             }
@@ -698,7 +728,7 @@ impl Session {
 
     /// Whether a diff is done but for its verdict: the roots at its end are still compared.
     pub fn is_comparing(&self) -> bool {
-        self.check.is_some()
+        self.check.as_ref().is_some_and(|check| check.of.is_some())
     }
 
     /// Where the stream stands; `None` before the handshake is through.

@@ -57,7 +57,7 @@ pub use change::{Change, Key, Value};
 pub use error::{DecodeError, ProtocolError};
 pub use heartbeat::HeartbeatConfig;
 pub use limits::{HANDSHAKE_FRAME_BYTES, LimitError, Limits, MAX_CHANGES};
-pub use log::{Chunk, FollowerId, Log, Next};
+pub use log::{Checkpoint, Chunk, FollowerId, Log, Next};
 pub use message::{AbortReason, DiffId, Reason, ToClient, ToServer, Way};
 #[cfg(feature = "mutations")]
 pub use mutation::Mutation;

@@ -7,7 +7,7 @@ use bytes::Bytes;
 
 use crate::message::{DiffId, Way};
 use crate::position::{Chain, Epoch, Position, Revision};
-use crate::tree::KeyHash;
+use crate::tree::{Hash, KeyHash};
 
 /// Some consecutive changes, encoded once for all followers.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -48,6 +48,18 @@ pub struct Log {
     chain: Chain,
     /// Places at which the stream of one follower is to end its diff.
     marks: BTreeMap<(FollowerId, DiffId), (Revision, Chain)>,
+    checkpoint: Option<Checkpoint>,
+}
+
+/// A mark for all followers, the newest: each that passes it compares its root with the server's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Checkpoint {
+    /// Tells it from another one at the same revision.
+    pub number: u64,
+    /// Where it is.
+    pub revision: Revision,
+    /// The server's root there; `None` while it is computed.
+    pub root: Option<Hash>,
 }
 
 /// The number of a connection on its server.
@@ -69,7 +81,15 @@ impl Log {
     /// An empty log of a history that stands at `head`. The newest chunk is kept whatever its size;
     /// older ones go as soon as all together are above `max_bytes`.
     pub fn new(max_bytes: usize, head: Revision, chain: Chain) -> Self {
-        Self { chunks: VecDeque::new(), bytes: 0, max_bytes, head, chain, marks: BTreeMap::new() }
+        Self {
+            chunks: VecDeque::new(),
+            bytes: 0,
+            max_bytes,
+            head,
+            chain,
+            marks: BTreeMap::new(),
+            checkpoint: None,
+        }
     }
 
     /// Appends what follows the head; `chain` is the chain behind it.
@@ -143,6 +163,25 @@ impl Log {
     /// The diff is over.
     pub fn unmark(&mut self, follower: FollowerId, diff: DiffId) {
         self.marks.remove(&(follower, diff));
+    }
+
+    /// Sets a checkpoint at the head, in place of the last one; its number.
+    pub fn set_checkpoint(&mut self) -> u64 {
+        let number = self.checkpoint.map_or(1, |last| last.number + 1);
+        self.checkpoint = Some(Checkpoint { number, revision: self.head, root: None });
+        number
+    }
+
+    /// The server's root at a checkpoint, if that is still the newest.
+    pub fn set_root(&mut self, number: u64, root: Hash) {
+        if let Some(checkpoint) = self.checkpoint.as_mut().filter(|last| last.number == number) {
+            checkpoint.root = Some(root);
+        }
+    }
+
+    /// The newest checkpoint.
+    pub fn checkpoint(&self) -> Option<Checkpoint> {
+        self.checkpoint
     }
 
     /// The chunk that begins at `cursor`. O(log n).

@@ -274,7 +274,7 @@ messages! {
             /// Why.
             reason: AbortReason,
         }
-        /// My root at a mark that you passed.
+        /// My root at a mark that you passed. Not every mark is followed by one.
         11 Verify {
             /// The mark.
             revision: Revision,
@@ -285,6 +285,12 @@ messages! {
         12 Ping {}
         /// I am.
         13 Pong {}
+        /// The stream stands exactly at this revision: take a snapshot, to compare its root with that of
+        /// the `Verify` that follows.
+        14 Mark {
+            /// Where the stream stands.
+            revision: Revision,
+        }
     }
 }
 
@@ -449,6 +455,7 @@ impl Message for ToClient {
             | Self::SyncDone { .. }
             | Self::SyncAbort { .. }
             | Self::Verify { .. }
+            | Self::Mark { .. }
             | Self::Ping {}
             | Self::Pong {} => Ok(()),
         }

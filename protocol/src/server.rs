@@ -158,6 +158,10 @@ pub struct Session {
     mark_due: Option<Revision>,
     /// The mark whose root was sent last, until the follower says its own.
     verifying: Option<(Revision, Hash)>,
+    /// The number of the newest checkpoint that was marked, and whether its root was sent.
+    checkpoint: (u64, bool),
+    /// The checkpoint whose root was sent last, until the follower says its own.
+    checking: Option<(Revision, Hash)>,
     heartbeat: Heartbeat,
     /// Counts what happens in diffs; how far it was, and when, when the clock was last looked at.
     progress: u64,
@@ -331,6 +335,8 @@ impl Session {
             unacknowledged: 0,
             mark_due: None,
             verifying: None,
+            checkpoint: (0, true),
+            checking: None,
             heartbeat: Heartbeat::new(config.heartbeat, now),
             progress: 0,
             progressed: (0, now),
@@ -395,6 +401,7 @@ impl Session {
                 if diff > self.last_diff && self.mark_due.is_none() && self.verifying.is_none() =>
             {
                 self.last_diff = diff;
+                self.checking = None;
                 self.request(diff, jumps, full, root, len)
             }
             (State::Relay | State::Diff(_), ToServer::SyncReq { .. }) => return Err(unexpected),
@@ -414,11 +421,12 @@ impl Session {
                 self.progress += 1;
                 state
             }
+            // Who asks for a diff has done with comparing.
+            (State::Diff(_), ToServer::Verified { .. }) => return Err(unexpected),
             (state, ToServer::Verified { revision, root }) => {
-                let (mark, ours) = self.verifying.take().ok_or(unexpected.clone())?;
-                if mark != revision {
-                    return Err(unexpected);
-                }
+                let of = |mark: &mut (Revision, Hash)| mark.0 == revision;
+                let mark = self.verifying.take_if(of).or_else(|| self.checking.take_if(of));
+                let (_, ours) = mark.ok_or(unexpected)?;
                 self.events.push_back(Event::Verified { revision, equal: root == ours });
                 state
             }
@@ -713,6 +721,7 @@ impl Session {
                 self.jump(log);
             } else {
                 self.end_at_mark(log);
+                self.pass_checkpoint(log);
                 self.repair(log);
             }
             if self.control.is_empty()
@@ -771,6 +780,24 @@ impl Session {
         self.mark_due = Some(revision);
         if let Some(root) = root {
             self.verify(revision, root);
+        }
+    }
+
+    /// Marks the newest checkpoint if the stream stands there, and sends its root when it is known. A
+    /// stream that passed its place before it was set has missed it, and waits for the next.
+    fn pass_checkpoint(&mut self, log: &Log) {
+        let Some(newest) = log.checkpoint() else { return };
+        let (number, told) = self.checkpoint;
+        if newest.number != number && self.cursor == newest.revision.next() {
+            self.checkpoint = (newest.number, false);
+            self.control.push_back(ToClient::Mark { revision: newest.revision });
+        } else if newest.number == number
+            && !told
+            && let Some(root) = newest.root
+        {
+            self.checkpoint = (number, true);
+            self.checking = Some((newest.revision, root));
+            self.control.push_back(ToClient::Verify { revision: newest.revision, root });
         }
     }
 

@@ -131,6 +131,11 @@ impl Follower<'_> {
                 Event::Error { message: format!("no diff was done: {why}") }
             }
             Happened::Refused(error) => Event::Error { message: error.to_string() },
+            Happened::Diverged { revision, root, server_root } => Event::Error {
+                message: format!(
+                    "the table has diverged at revision {revision}: root {root}, the server's is {server_root}"
+                ),
+            },
             // The diff that follows says what came of it.
             Happened::FellBehind(_) => return Ok(None),
         };

@@ -186,3 +186,43 @@ async fn a_batch_that_the_servers_store_refuses_changes_nothing() {
     assert_eq!((status.position, status.refused), (Some(position), 1));
     assert_eq!(server.reader().len().unwrap(), 3);
 }
+
+#[actix_rt::test]
+async fn silent_divergence_is_found_and_healed_by_itself() {
+    let every = Some(std::time::Duration::from_millis(20));
+    let config = ServerConfig { verify_every: every, ..ServerConfig::default() };
+    let (server, address) = serve(config, filled(1000)).await;
+    let client = follower(address, MemoryStore::new());
+    assert!(connect(&client).await.equal());
+    let mut events = client.events().await.unwrap();
+    for (number, broken) in
+        [Change::write(key(3), "changed"), Change::delete(key(4)), Change::write("extra", "")]
+            .into_iter()
+            .enumerate()
+    {
+        match broken {
+            Change::Write { key, value } => client.write(key, value).await.unwrap(),
+            Change::Delete { key } => client.delete(key).await.unwrap(),
+        }
+        let (revision, differ) = event(&mut events, |event| match event {
+            Event::Diverged { revision, root, server_root } => {
+                Some((*revision, root != server_root))
+            }
+            _ => None,
+        })
+        .await;
+        assert!(differ);
+        let healed = report(&mut events).await;
+        assert!(healed.equal() && healed.written + healed.deleted == 1, "{healed:?}");
+        let status = client.status().await.unwrap();
+        assert_eq!(status.diverged, number as u64 + 1);
+        assert!(status.verified >= Some(revision));
+        // Writes go on, and are compared as well.
+        server.write("live", format!("{number}")).await.unwrap();
+    }
+    assert_converges(&server, &client).await;
+    // The server knows too.
+    let head = server.status().await.unwrap().position.unwrap().revision;
+    within(async { while server.followers().await.unwrap()[0].verified != Some((head, true)) {} })
+        .await;
+}

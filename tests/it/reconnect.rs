@@ -1,10 +1,27 @@
 //! Connections end; nothing is lost by that.
 
-use tablecast::{Event, MemoryStore, ServerConfig, Way};
+use tablecast::{Event, MemoryStore, Server, ServerConfig, Way};
+use tokio::sync::broadcast::Receiver;
 
 use crate::harness::{
     Gate, Proxy, assert_converges, connect, event, filled, follower, key, report, serve, within,
 };
+
+/// While the follower is away, these keys are written, and as many others deleted.
+async fn cut_and_write(
+    server: &Server,
+    proxy: &Proxy,
+    events: &mut Receiver<Event>,
+    keys: std::ops::Range<usize>,
+) {
+    proxy.set(Gate::Cut);
+    event(events, |event| matches!(event, Event::Disconnected(_)).then_some(())).await;
+    for number in keys {
+        server.write(key(number), "while away").await.unwrap();
+        server.delete(key(500 + number)).await.unwrap();
+    }
+    proxy.set(Gate::Open);
+}
 
 #[actix_rt::test]
 async fn what_was_written_while_a_follower_was_away_arrives_by_itself() {
@@ -16,13 +33,7 @@ async fn what_was_written_while_a_follower_was_away_arrives_by_itself() {
     assert!(connect(&client).await.equal());
     let mut events = client.events().await.unwrap();
     for round in 0..5 {
-        proxy.set(Gate::Cut);
-        event(&mut events, |event| matches!(event, Event::Disconnected(_)).then_some(())).await;
-        for number in 0..20 {
-            server.write(key(round * 20 + number), "while away").await.unwrap();
-            server.delete(key(500 + round * 20 + number)).await.unwrap();
-        }
-        proxy.set(Gate::Open);
+        cut_and_write(&server, &proxy, &mut events, round * 20..round * 20 + 20).await;
         let report = report(&mut events).await;
         assert!(report.equal() && report.written == 20 && report.deleted == 20, "{report:?}");
         assert_converges(&server, &client).await;
@@ -49,7 +60,7 @@ async fn a_restarted_server_begins_a_new_history() {
     assert_eq!(client.reader().len().unwrap(), 300);
 
     // The same store at the same address, with a change that nobody saw.
-    let server = tablecast::Server::start(ServerConfig::default(), store).unwrap();
+    let server = Server::start(ServerConfig::default(), store).unwrap();
     server.write(key(1), "while down").await.unwrap();
     server.listen(address).unwrap();
     server.ready().await.unwrap();
@@ -104,7 +115,7 @@ async fn a_follower_that_does_not_read_falls_behind_and_harms_nobody() {
 }
 
 /// The way of the next connect.
-async fn way(events: &mut tokio::sync::broadcast::Receiver<Event>) -> Way {
+async fn way(events: &mut Receiver<Event>) -> Way {
     event(events, |event| match event {
         Event::Connected(_, way) => Some(*way),
         _ => None,
@@ -120,13 +131,7 @@ async fn a_short_absence_costs_what_was_missed_and_no_diff() {
     assert!(connect(&client).await.equal());
     let mut events = client.events().await.unwrap();
     for round in 0..5 {
-        proxy.set(Gate::Cut);
-        event(&mut events, |event| matches!(event, Event::Disconnected(_)).then_some(())).await;
-        for number in 0..20 {
-            server.write(key(round * 20 + number), "while away").await.unwrap();
-            server.delete(key(500 + round * 20 + number)).await.unwrap();
-        }
-        proxy.set(Gate::Open);
+        cut_and_write(&server, &proxy, &mut events, round * 20..round * 20 + 20).await;
         assert_eq!(way(&mut events).await, Way::Resumed);
         assert_converges(&server, &client).await;
     }
@@ -167,7 +172,7 @@ async fn a_server_that_continues_its_history_resumes_and_a_restored_one_does_not
     within(server.stop()).await;
 
     let again = async |store: MemoryStore, at| {
-        let server = tablecast::Server::start(ServerConfig::default(), store).unwrap();
+        let server = Server::start(ServerConfig::default(), store).unwrap();
         server.listen(address).unwrap();
         assert_eq!(server.continue_from(at).await.unwrap(), at);
         server
@@ -188,7 +193,7 @@ async fn a_server_that_continues_its_history_resumes_and_a_restored_one_does_not
     within(server.stop()).await;
 
     let older: MemoryStore = crate::harness::entries(&older).into_iter().collect();
-    let server = tablecast::Server::start(ServerConfig::default(), older).unwrap();
+    let server = Server::start(ServerConfig::default(), older).unwrap();
     server.continue_from(early).await.unwrap();
     server.write(key(4), "four").await.unwrap();
     server.write(key(5), "five").await.unwrap();

@@ -12,6 +12,7 @@ fn action() -> impl Strategy<Value = Action> {
         8 => (any::<u8>(), any::<u8>(), any::<bool>())
             .prop_map(|(key, keys, delete)| Action::Write { key, keys, delete }),
         6 => Just(Action::Seal),
+        3 => Just(Action::Checkpoint),
         12 => f.clone().prop_map(Action::Serve),
         12 => f.clone().prop_map(Action::Answer),
         12 => (f.clone(), any::<u8>()).prop_map(|(f, which)| Action::Differ(f, which)),
@@ -69,6 +70,8 @@ fn live(
         life.iter().try_for_each(|action| world.act(*action))?;
         // Half of the time everybody has what was written.
         if restore % 2 == 0 {
+            world.converge()?;
+            world.act(Action::Cut(restore))?;
             world.settle()?;
         }
         world.act(if restore > 3 { Action::Restore(restore - 4) } else { Action::Restart })?;
@@ -118,6 +121,7 @@ fn the_runs_are_not_idle() {
             total.overflows += stats.overflows;
             total.queued += stats.queued;
             total.cuts += stats.cuts;
+            total.verified += stats.verified;
             for (all, way) in total.ways.iter_mut().zip(stats.ways) {
                 *all += way;
             }
@@ -134,6 +138,7 @@ fn the_runs_are_not_idle() {
         (total.overflows, "overflows"),
         (total.queued, "queued diffs"),
         (total.cuts, "cuts"),
+        (total.verified, "verifications"),
         (total.ways[Way::Resumed as usize], "resumed"),
         (total.ways[Way::NoPosition as usize], "without a position"),
         (total.ways[Way::OtherEpoch as usize], "of another epoch"),

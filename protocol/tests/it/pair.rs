@@ -59,6 +59,8 @@ pub enum Action {
         delete: bool,
     },
     Seal,
+    /// The Server sets a checkpoint, or has the root at the last one.
+    Checkpoint,
     /// The Server takes the next request of this Middleman.
     Serve(u8),
     /// This Middleman takes the next answer of the Server, or step of a Differ.
@@ -93,6 +95,8 @@ pub struct Stats {
     pub overflows: u64,
     pub queued: u64,
     pub cuts: u64,
+    /// Roots that were compared from time to time.
+    pub verified: u64,
     /// How often each way was taken, by its code.
     pub ways: [u64; 6],
 }
@@ -107,6 +111,8 @@ pub struct World {
     history: Vec<Map>,
     /// The chain at every revision.
     chains: Vec<Chain>,
+    /// A checkpoint whose root is being computed.
+    hashing: Option<(u64, Tree)>,
     running: Vec<(usize, u64, DiffId)>,
     waiting: VecDeque<(usize, u64, DiffId)>,
     pub followers: Vec<Follower>,
@@ -237,6 +243,7 @@ impl World {
             epoch: 0,
             history: Vec::new(),
             chains: Vec::new(),
+            hashing: None,
             running: Vec::new(),
             waiting: VecDeque::new(),
             connections: 0,
@@ -262,6 +269,7 @@ impl World {
         match action {
             Action::Write { key: first, keys, delete } => self.write(first, keys, delete),
             Action::Seal => self.seal(),
+            Action::Checkpoint => self.checkpoint(),
             Action::Serve(f) => self.serve(of(f)),
             Action::Answer(f) => self.reply(of(f)),
             Action::Differ(f, which) => self.differ(of(f), which),
@@ -331,7 +339,19 @@ impl World {
         }
     }
 
+    fn checkpoint(&mut self) {
+        match self.hashing.take() {
+            Some((number, tree)) => self.log.set_root(number, tree.root()),
+            None => {
+                self.seal();
+                let number = self.log.set_checkpoint();
+                self.hashing = Some((number, self.table.tree().clone()));
+            }
+        }
+    }
+
     fn restart(&mut self) {
+        self.hashing = None;
         for index in 0..self.followers.len() {
             self.cut(index);
             self.followers[index].seen = OrdMap::new();
@@ -342,6 +362,7 @@ impl World {
 
     /// The same history, cut short; what is written next forks it.
     fn restore(&mut self, back: u8) {
+        self.hashing = None;
         for index in 0..self.followers.len() {
             self.cut(index);
             self.followers[index].seen = OrdMap::new();
@@ -666,6 +687,12 @@ impl World {
                         format!("follower {index} differs after a diff: {counts:?}")
                     })?;
                 }
+                Output::Verified { revision, root, server_root } => {
+                    self.stats.verified += 1;
+                    check(root == server_root, || {
+                        format!("follower {index} has diverged at {revision}")
+                    })?;
+                }
                 Output::DiffAborted { reason, .. } => {
                     follower.wants_diff = true;
                     self.stats.stale += u64::from(reason == AbortReason::Stale);
@@ -793,7 +820,15 @@ impl World {
             let (root, server_root, _) = follower.last_diff.ok_or("no diff was done")?;
             check(root == tree.root() && server_root == root, || "roots differ".to_owned())?;
         }
-        Ok(())
+        // Everybody is whole now, so everybody compares roots at the next checkpoint.
+        let before = self.stats.verified;
+        self.hashing = None;
+        for _ in 0..2 {
+            self.act(Action::Checkpoint)?;
+            self.settle()?;
+        }
+        let verified = self.stats.verified - before;
+        check(verified == self.followers.len() as u64, || format!("only {verified} verified"))
     }
 
     /// Keys that a follower's store refuses from now on.

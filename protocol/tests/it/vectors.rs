@@ -214,6 +214,7 @@ fn messages_to_the_client() {
         ("", ToClient::Verify { revision: Revision(70_000), root: hash(0x40) }),
         ("", ToClient::Ping {}),
         ("", ToClient::Pong {}),
+        ("", ToClient::Mark { revision: Revision(70_000) }),
     ];
     messages("to_client", ToClient::TAGS, &vectors);
 }

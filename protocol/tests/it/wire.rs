@@ -108,6 +108,7 @@ fn to_client() -> impl Strategy<Value = ToClient> {
         diff.prop_map(|diff| ToClient::SyncAbort { diff, reason: AbortReason::Updated }),
         (any::<u64>(), hash())
             .prop_map(|(revision, root)| ToClient::Verify { revision: Revision(revision), root }),
+        any::<u64>().prop_map(|revision| ToClient::Mark { revision: Revision(revision) }),
         Just(ToClient::Ping {}),
         Just(ToClient::Pong {}),
     ]
