@@ -1,4 +1,4 @@
-//! The protocol, broken on purpose: one rule of DESIGN section 6 each. The sessions ask at the
+//! The protocol, broken on purpose: one rule of those argued in `server.rs` each. The sessions ask at the
 //! place where they keep the rule; the answer is `false` in every build but that of the tests.
 
 /// A rule that a session can be told to break, in builds with the feature `mutations`.

@@ -1,4 +1,4 @@
-//! The three promises of DESIGN section 6, under any interleaving; and that the tests can fail.
+//! The three promises that `server.rs` argues, under any interleaving; and that the tests can fail.
 
 use proptest::prelude::*;
 use proptest::test_runner::{Config, RngAlgorithm, TestRng, TestRunner};
