@@ -112,6 +112,15 @@ impl Client {
         Ok(self.actor.send(actors::WaitFor { epoch, revision, timeout }).await??)
     }
 
+    /// Waits until nothing is known to be missing: the table has been equal to the server's since the
+    /// connect at hand. Answers where it stands then.
+    ///
+    /// # Errors
+    /// If that takes longer than `timeout`.
+    pub async fn wait_ready(&self, timeout: Duration) -> Result<Position, Error> {
+        Ok(self.actor.send(actors::WaitReady(timeout)).await??)
+    }
+
     /// How the follower is.
     ///
     /// # Errors

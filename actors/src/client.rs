@@ -10,7 +10,7 @@
 //! | [`Apply`] | done, or why not | user: local filling |
 //! | [`Ready`] | at once; the Middleman connects | user |
 //! | [`Diff`] | how the diff ended | user |
-//! | [`WaitFor`] | when the table has reached a revision | user |
+//! | [`WaitFor`], [`WaitReady`] | when the table has reached a revision, or lacks nothing | user |
 //! | [`GetStatus`], [`Subscribe`] | what is asked for | user |
 //! | [`Stop`] | when the connection has been told farewell | user |
 //! | `LinkUp`, `LinkDown`, `Received`, `Heard`, `Malformed` | | Middleman |
@@ -69,6 +69,12 @@ pub struct WaitFor {
     /// How long to wait.
     pub timeout: Duration,
 }
+
+/// Wait until nothing is known to be missing: the table has been equal to the server's since the connect.
+/// Answered with where it stands then.
+#[derive(Debug, Message)]
+#[rtype(result = "Result<Position, WaitError>")]
+pub struct WaitReady(pub Duration);
 
 /// How the follower is.
 #[derive(Debug, Message)]
@@ -247,10 +253,10 @@ enum Computed {
     Answer(ConnectionId, DiffId, Option<Result<tablecast_protocol::diff::Answer, ProtocolError>>),
 }
 
-/// Who waits for a revision of a history.
+/// Who waits for a revision of a history, or for any.
 #[derive(Debug)]
 struct Waiter {
-    epoch: Epoch,
+    epoch: Option<Epoch>,
     revision: Revision,
     waiter: oneshot::Sender<Result<Position, WaitError>>,
 }
@@ -591,17 +597,39 @@ impl Client {
         let Some(at) = self.link.as_ref().and_then(|(_, session)| session.position()) else {
             return;
         };
-        let reached =
-            |waiting: &mut Waiter| waiting.epoch == at.epoch && waiting.revision <= at.revision;
+        let reached = |waiting: &mut Waiter| {
+            let followed = waiting.epoch.is_none_or(|epoch| epoch == at.epoch);
+            followed && waiting.revision <= at.revision
+        };
         for Waiter { waiter, .. } in self.waiters.extract_if(.., reached) {
             // Who gave up does not wait any more.
             waiter.send(Ok(at)).ok();
         }
     }
 
+    fn wait(
+        &mut self,
+        epoch: Option<Epoch>,
+        revision: Revision,
+        timeout: Duration,
+    ) -> ResponseFuture<Result<Position, WaitError>> {
+        let (waiter, reached) = oneshot::channel();
+        // Those who gave up, most of all by a timeout of their own.
+        self.waiters.retain(|waiting| !waiting.waiter.is_closed());
+        self.waiters.push(Waiter { epoch, revision, waiter });
+        self.reach();
+        Box::pin(async move {
+            match tokio::time::timeout(timeout, reached).await {
+                Ok(reached) => reached.unwrap_or(Err(WaitError::Stopped)),
+                Err(_) => Err(WaitError::Timeout(timeout)),
+            }
+        })
+    }
+
     /// Another history began: what was waited for in the one before will not come.
     fn fail_waiters(&mut self, now: Epoch) {
-        for Waiter { waiter, .. } in self.waiters.extract_if(.., |waiting| waiting.epoch != now) {
+        let other = |waiting: &mut Waiter| waiting.epoch.is_some_and(|epoch| epoch != now);
+        for Waiter { waiter, .. } in self.waiters.extract_if(.., other) {
             waiter.send(Err(WaitError::NewEpoch(now))).ok();
         }
     }
@@ -747,17 +775,15 @@ impl Handler<WaitFor> for Client {
 
     fn handle(&mut self, wait: WaitFor, _: &mut Context<Self>) -> Self::Result {
         let WaitFor { epoch, revision, timeout } = wait;
-        let (waiter, reached) = oneshot::channel();
-        // Those who gave up, most of all by a timeout of their own.
-        self.waiters.retain(|waiting| !waiting.waiter.is_closed());
-        self.waiters.push(Waiter { epoch, revision, waiter });
-        self.reach();
-        Box::pin(async move {
-            match tokio::time::timeout(timeout, reached).await {
-                Ok(reached) => reached.unwrap_or(Err(WaitError::Stopped)),
-                Err(_) => Err(WaitError::Timeout(timeout)),
-            }
-        })
+        self.wait(Some(epoch), revision, timeout)
+    }
+}
+
+impl Handler<WaitReady> for Client {
+    type Result = ResponseFuture<Result<Position, WaitError>>;
+
+    fn handle(&mut self, WaitReady(timeout): WaitReady, _: &mut Context<Self>) -> Self::Result {
+        self.wait(None, Revision::ZERO, timeout)
     }
 }
 

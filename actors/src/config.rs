@@ -26,6 +26,9 @@ pub struct ServerConfig {
     pub strangers: usize,
     /// How long a connection may take to say who it is: 10 s. Then it is closed.
     pub handshake_timeout: Duration,
+    /// How long a follower's socket may take nothing while something is to be sent: 30 s. Then it is
+    /// closed. Looked at as often, so up to twice as long passes.
+    pub stall_timeout: Duration,
     /// How many bytes are handed to a socket at once: 256 KiB. More leaves the processor's cache.
     pub flush_bytes: usize,
     /// How many changes a subscriber to them may lag behind: 1,024. Then it is told how many it missed.
@@ -43,6 +46,7 @@ impl Default for ServerConfig {
             followers: 10_000,
             strangers: 1000,
             handshake_timeout: Duration::from_secs(10),
+            stall_timeout: Duration::from_secs(30),
             flush_bytes: 256 << 10,
             event_capacity: 1024,
         }

@@ -382,3 +382,38 @@ fn handles_outlive_the_system_of_their_thread() {
         within(server.stop()).await;
     });
 }
+
+#[actix_rt::test]
+async fn a_socket_that_takes_nothing_is_given_up() {
+    let stall_timeout = Duration::from_millis(100);
+    let config = ServerConfig { stall_timeout, ..ServerConfig::default() };
+    let (server, address) = serve(config, MemoryStore::new()).await;
+    // Says that it is there, and reads nothing.
+    let mut stream = TcpStream::connect(address).await.unwrap();
+    put(&mut stream, &ToServer::hello("raw", &Limits::default(), None)).await;
+    assert!(matches!(get(&mut stream).await, ToClient::Welcome { .. }));
+    for _ in 0..40 {
+        server.write("k", vec![0; 1 << 20]).await.unwrap();
+    }
+    within(async {
+        let ping = wire::encode(&ToServer::Ping {});
+        while stream.write_all(&ping).await.is_ok() {
+            tokio::task::yield_now().await;
+            if server.followers().await.unwrap().is_empty() {
+                return;
+            }
+        }
+    })
+    .await;
+}
+
+#[actix_rt::test]
+async fn ready_means_equal_since_the_connect() {
+    let (_server, address) = serve(ServerConfig::default(), filled(20_000)).await;
+    let client = follower(address, MemoryStore::new());
+    let early = client.wait_ready(Duration::from_millis(1)).await;
+    assert!(matches!(early, Err(Error::Wait(WaitError::Timeout(_)))), "{early:?}");
+    client.ready().await.unwrap();
+    client.wait_ready(LONG).await.unwrap();
+    assert_eq!(client.reader().len().unwrap(), 20_000);
+}

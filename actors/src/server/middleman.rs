@@ -93,6 +93,8 @@ pub struct Middleman {
     differ: Option<Addr<Differ>>,
     /// What the session's time is counted from.
     born: Instant,
+    /// What had been written when something was left to be written, and since when it is no more.
+    stalled: Option<(u64, Instant)>,
     /// To be closed when everything is written, by then at the latest.
     closing: Option<Instant>,
     timer: Option<SpawnHandle>,
@@ -117,6 +119,7 @@ impl Middleman {
             status: Arc::new(Mutex::new(status)),
             differ: None,
             born: Instant::now(),
+            stalled: None,
             closing: None,
             timer: None,
         }
@@ -236,10 +239,27 @@ impl Middleman {
         if let Some(at) = self.session.poll_timeout() {
             // The session is right about when; a little later never is too early.
             let wait = at.saturating_sub(self.now()) + Duration::from_millis(1);
+            let wait = wait.min(self.shared.config.stall_timeout);
             self.timer = Some(ctx.run_later(wait, |middleman, ctx| {
                 middleman.timer = None;
                 ctx.address().do_send(Reply::Timeout);
             }));
+        }
+    }
+
+    /// Gives a follower up whose socket takes nothing for too long. It cannot be told: nothing would
+    /// reach it.
+    fn watch_socket(&mut self, ctx: &mut Context<Self>) {
+        let limit = self.shared.config.stall_timeout;
+        match self.stalled {
+            _ if self.framed.queued() == 0 => self.stalled = None,
+            Some((sent, since)) if sent == self.framed.sent => {
+                if since.elapsed() >= limit {
+                    let seconds = limit.as_secs_f32();
+                    self.fail(&AccessError::Timeout { what: "room in the socket", seconds }, ctx);
+                }
+            }
+            _ => self.stalled = Some((self.framed.sent, Instant::now())),
         }
     }
 
@@ -283,24 +303,24 @@ impl Middleman {
     /// Takes from the session what is to be written next, up to one flush.
     fn fill(&mut self, ctx: &mut Context<Self>) {
         let room = self.shared.config.flush_bytes;
-        let mut messages = Vec::new();
         // Cleared first: what the Server appends from here on wakes us again.
         self.woken.store(false, Ordering::Release);
-        {
-            let log = self.shared.log.lock();
-            while self.framed.queued() < room {
-                match self.session.poll_transmit(&log) {
-                    Some(Transmit::Live(frame)) => self.framed.queue(frame),
-                    Some(Transmit::Message(message)) => {
-                        // Encoded without the lock, so what follows it must wait.
-                        messages.push(message);
-                        break;
-                    }
-                    None => break,
-                }
+        let log = self.shared.log.lock();
+        let message = loop {
+            if self.framed.queued() >= room {
+                break None;
             }
+            match self.session.poll_transmit(&log) {
+                Some(Transmit::Live(frame)) => self.framed.queue(frame),
+                // Encoded without the lock, so what follows it must wait.
+                Some(Transmit::Message(message)) => break Some(message),
+                None => break None,
+            }
+        };
+        drop(log);
+        if let Some(message) = message {
+            self.framed.queue(wire::encode(&message));
         }
-        messages.iter().for_each(|message| self.framed.queue(wire::encode(message)));
         self.drive(ctx);
     }
 
@@ -414,6 +434,7 @@ impl Handler<Reply> for Middleman {
             Reply::Grown => return,
             Reply::Timeout => {
                 session.handle_timeout(self.born.elapsed());
+                self.watch_socket(ctx);
                 self.set_timer(ctx);
             }
             Reply::Subscribed(at, way) => session.handle_subscribed(at, way),
