@@ -108,6 +108,9 @@ impl Default for SessionConfig {
 /// peer that asks and does not read.
 pub(crate) const MAX_CONTROL: usize = 16;
 
+/// Most checkpoints that are not answered; then no further ones are marked.
+const MAX_CHECKING: usize = 8;
+
 /// The server's end of one connection, without the connection.
 ///
 /// The contract: after every `handle_*` call, and after [`Session::poll_transmit`] too,
@@ -160,8 +163,9 @@ pub struct Session {
     verifying: Option<(Revision, Hash)>,
     /// The number of the newest checkpoint that was marked, and whether its root was sent.
     checkpoint: (u64, bool),
-    /// The checkpoint whose root was sent last, until the follower says its own.
-    checking: Option<(Revision, Hash)>,
+    /// Checkpoints whose root was sent, until the follower says its own at one of them or a later one, or
+    /// asks for a diff: then it has done with them. Answers may be on their way when the next is sent.
+    checking: VecDeque<(Revision, Hash)>,
     heartbeat: Heartbeat,
     /// Counts what happens in diffs; how far it was, and when, when the clock was last looked at.
     progress: u64,
@@ -336,7 +340,7 @@ impl Session {
             mark_due: None,
             verifying: None,
             checkpoint: (0, true),
-            checking: None,
+            checking: VecDeque::new(),
             heartbeat: Heartbeat::new(config.heartbeat, now),
             progress: 0,
             progressed: (0, now),
@@ -401,7 +405,7 @@ impl Session {
                 if diff > self.last_diff && self.mark_due.is_none() && self.verifying.is_none() =>
             {
                 self.last_diff = diff;
-                self.checking = None;
+                self.checking.clear();
                 self.request(diff, jumps, full, root, len)
             }
             (State::Relay | State::Diff(_), ToServer::SyncReq { .. }) => return Err(unexpected),
@@ -424,14 +428,21 @@ impl Session {
             // Who asks for a diff has done with comparing.
             (State::Diff(_), ToServer::Verified { .. }) => return Err(unexpected),
             (state, ToServer::Verified { revision, root }) => {
-                let of = |mark: &mut (Revision, Hash)| mark.0 == revision;
-                let mark = self.verifying.take_if(of).or_else(|| self.checking.take_if(of));
-                let (_, ours) = mark.ok_or(unexpected)?;
+                let ended = self.verifying.take_if(|(mark, _)| *mark == revision);
+                let (_, ours) = ended.or_else(|| self.checked(revision)).ok_or(unexpected)?;
+                // A checkpoint where a diff ended has the root that the diff still waits for.
+                self.mark_due.take_if(|due| *due == revision);
                 self.events.push_back(Event::Verified { revision, equal: root == ours });
                 state
             }
         };
         Ok(())
+    }
+
+    /// The checkpoint at this revision, if its root was sent. A follower that says one skips those before.
+    fn checked(&mut self, revision: Revision) -> Option<(Revision, Hash)> {
+        let at = self.checking.iter().rposition(|(mark, _)| *mark == revision)?;
+        self.checking.drain(..=at).next_back()
     }
 
     /// An answer for the Differ, if one is waited for.
@@ -788,7 +799,9 @@ impl Session {
     fn pass_checkpoint(&mut self, log: &Log) {
         let Some(newest) = log.checkpoint() else { return };
         let (number, told) = self.checkpoint;
-        if newest.number != number && self.cursor == newest.revision.next() {
+        // Whoever runs a diff compares at its end.
+        let open = self.state == State::Relay && self.checking.len() < MAX_CHECKING;
+        if newest.number != number && self.cursor == newest.revision.next() && open {
             self.checkpoint = (newest.number, false);
             self.control.push_back(ToClient::Mark { revision: newest.revision });
         } else if newest.number == number
@@ -796,7 +809,7 @@ impl Session {
             && let Some(root) = newest.root
         {
             self.checkpoint = (number, true);
-            self.checking = Some((newest.revision, root));
+            self.checking.push_back((newest.revision, root));
             self.control.push_back(ToClient::Verify { revision: newest.revision, root });
         }
     }

@@ -118,6 +118,8 @@ pub struct World {
     pub followers: Vec<Follower>,
     connections: u64,
     pub stats: Stats,
+    /// Why a server's session closed last.
+    closed: Option<String>,
     writes: u64,
 }
 
@@ -248,6 +250,7 @@ impl World {
             waiting: VecDeque::new(),
             connections: 0,
             stats: Stats::default(),
+            closed: None,
             writes: 0,
         };
         world.ready();
@@ -462,7 +465,7 @@ impl World {
         self.drain_server(index);
         let link = self.followers[index].link.as_ref();
         check(link.is_none_or(|link| link.server.state() != "Closed"), || {
-            format!("the server closes the connection of follower {index}")
+            format!("the server closes the connection of follower {index}: {:?}", self.closed)
         })
     }
 
@@ -516,7 +519,8 @@ impl World {
                     link.requests.push_back(Event::EndDiff { diff, aborted });
                 }
                 Event::FellBehind(_) => self.stats.jumps += 1,
-                Event::Verified { .. } | Event::Close(_) => {}
+                Event::Verified { .. } => {}
+                Event::Close(close) => self.closed = Some(close.to_string()),
                 request @ (Event::Subscribe { .. }
                 | Event::Admit(_)
                 | Event::Snapshot(_)
