@@ -363,6 +363,11 @@ impl Client {
         (*at == connection).then_some(session)
     }
 
+    /// Where the table stands; `None` while something may be missing, or without a connection.
+    fn standing(&self) -> Option<Position> {
+        self.link.as_ref().and_then(|(_, session)| session.position())
+    }
+
     fn tell(&self, command: Command) {
         if let Some(middleman) = &self.middleman {
             middleman.do_send(command);
@@ -402,7 +407,7 @@ impl Client {
                     self.emit(|| Event::Connected(at, way));
                     self.fail_waiters(at.epoch);
                     if way != Way::Resumed {
-                        self.due = Some(self.due.unwrap_or(false));
+                        self.want_diff(false);
                     }
                 }
                 Output::Apply { first, changes } => self.follow(first, changes, ctx),
@@ -434,7 +439,7 @@ impl Client {
                     info!(%revision, "fell behind");
                     self.fell_behind += 1;
                     self.emit(|| Event::FellBehind(revision));
-                    self.due = Some(self.due.unwrap_or(false));
+                    self.want_diff(false);
                 }
                 Output::Close(close) => self.closed(connection, close, ctx),
             }
@@ -502,6 +507,11 @@ impl Client {
 
     // Diffs.
 
+    /// A diff is due. Once it must be at full width, it stays so until it begins.
+    fn want_diff(&mut self, full: bool) {
+        self.due = Some(full || self.due.unwrap_or(false));
+    }
+
     /// Begins the diff that is due, if one can begin now.
     fn begin_diff(&mut self, ctx: &mut Context<Self>) {
         let Some(full) = self.due else { return };
@@ -528,7 +538,7 @@ impl Client {
             self.retry = Some(ctx.run_later(wait, move |client, ctx| {
                 client.retry = None;
                 let full = std::mem::take(&mut client.retry_full);
-                client.due = Some(full || client.due.unwrap_or(false));
+                client.want_diff(full);
                 client.begin_diff(ctx);
             }));
         }
@@ -557,7 +567,7 @@ impl Client {
             server_root,
         };
         // Equal at the mark; what was refused behind it is missing still.
-        let whole = self.link.as_ref().is_some_and(|(_, session)| session.position().is_some());
+        let whole = self.standing().is_some();
         if report.equal() && whole {
             self.verified = Some(revision);
             self.retries.reset();
@@ -594,9 +604,7 @@ impl Client {
 
     /// Tells those who wait for what has been reached.
     fn reach(&mut self) {
-        let Some(at) = self.link.as_ref().and_then(|(_, session)| session.position()) else {
-            return;
-        };
+        let Some(at) = self.standing() else { return };
         let reached = |waiting: &mut Waiter| {
             let followed = waiting.epoch.is_none_or(|epoch| epoch == at.epoch);
             followed && waiting.revision <= at.revision
@@ -644,7 +652,7 @@ impl Client {
         self.diverged += 1;
         self.emit(|| Event::Diverged { revision, root, server_root });
         // At once; should that not heal it, the next ones are asked for more and more slowly.
-        self.due = Some(true);
+        self.want_diff(true);
     }
 
     // The connection.
@@ -714,7 +722,7 @@ impl Actor for Client {
         ctx.set_mailbox_capacity(1024);
         if let Some(every) = self.config.diff_every {
             ctx.run_interval(every, |client, ctx| {
-                client.due = Some(client.due.unwrap_or(false));
+                client.want_diff(false);
                 client.begin_diff(ctx);
             });
         }
@@ -797,7 +805,7 @@ impl Handler<GetStatus> for Client {
             connected: stream.is_some(),
             state: session.map_or("Disconnected", Session::state),
             stream,
-            position: session.and_then(Session::position),
+            position: self.standing(),
             keys: self.replica.tree().len(),
             applied: self.applied,
             refused: self.refused,

@@ -571,8 +571,7 @@ impl Session {
             let (revision, stands) = (revision.0, stands.0);
             return Err(ProtocolError::Revision { got: "Mark", revision, stands });
         }
-        let diffing = self.check.as_ref().is_some_and(|check| check.of.is_some());
-        if self.whole && !diffing && *state == State::Relay {
+        if self.whole && !self.is_comparing() && *state == State::Relay {
             self.check = Some(Check { of: None, mark: revision, ours: None, theirs: None });
             self.outputs.push_back(Output::Mark(revision));
         }

@@ -11,8 +11,9 @@
 /// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Limits {
-    /// Largest frame without its length header, 16 KiB at the least: a walk at full width needs it. A peer that declares a longer one is cut off
-    /// before memory is spent. 9 MiB: a value and a key at their limits and a few bytes.
+    /// Largest frame without its length header, 16 KiB at the least: a walk at full width needs it. A
+    /// peer that declares a longer one is cut off before memory is spent. 9 MiB: a value and a key at
+    /// their limits and a few bytes.
     pub frame_bytes: usize,
     /// Largest key: 64 KiB. A change with a longer one is refused at `write`.
     pub key_bytes: usize,

@@ -114,8 +114,9 @@ const MAX_CHECKING: usize = 8;
 /// The server's end of one connection, without the connection.
 ///
 /// The contract: after every `handle_*` call, and after [`Session::poll_transmit`] too,
-/// [`Session::poll_event`] until there is none, and do what the events say; whenever the connection has room, [`Session::poll_transmit`] until there is
-/// nothing, and send that in its order. Frames are asked for last of all, so that what is decided
+/// [`Session::poll_event`] until there is none, and do what the events say; whenever the connection
+/// has room, [`Session::poll_transmit`] until there is nothing, and send that in its order. Frames
+/// are asked for last of all, so that what is decided
 /// about their order is decided when they go on the wire. A session that is dropped or closed in the
 /// middle of a diff says no [`Event::EndDiff`]: whoever drops it gives back what the diff had.
 ///

@@ -13,7 +13,6 @@ use std::task::{self, Poll};
 use actix::prelude::*;
 use tablecast_protocol::server::Close;
 use tablecast_protocol::{HANDSHAKE_FRAME_BYTES, ToClient, ToServer, wire};
-use tokio::time::Instant;
 use tracing::{debug, info};
 
 use super::backoff::Backoff;
@@ -66,8 +65,8 @@ struct Link {
     waiting: usize,
     /// Both directions, when the last `SyncReq` was queued.
     base: (u64, u64),
-    /// The session has ended: close when all is written, by then at the latest.
-    closing: Option<Instant>,
+    /// The session has ended: close when all is written.
+    closing: bool,
 }
 
 impl Middleman {
@@ -105,7 +104,7 @@ impl Middleman {
             framed: Framed::new(stream, HANDSHAKE_FRAME_BYTES),
             waiting: 0,
             base: (0, 0),
-            closing: None,
+            closing: false,
         });
         self.client.do_send(LinkUp(self.connection));
     }
@@ -145,7 +144,7 @@ impl Middleman {
             let ClientConfig { inbox_bytes, limits, .. } = &*self.config;
             // A server that asks and does not read is not read from either.
             let unread = link.framed.queued() > inbox_bytes + limits.answer_bytes;
-            if link.closing.is_some() || link.waiting >= *inbox_bytes || unread {
+            if link.closing || link.waiting >= *inbox_bytes || unread {
                 return Ok(false);
             }
             let Poll::Ready(frame) = link.framed.poll_frame(cx)? else {
@@ -192,7 +191,7 @@ impl Middleman {
         let Some(link) = &mut self.link else { return Ok(()) };
         if let Poll::Ready(result) = link.framed.poll_flush(cx) {
             result?;
-            if link.closing.is_some() && link.framed.poll_shutdown(cx).is_ready() {
+            if link.closing && link.framed.poll_shutdown(cx).is_ready() {
                 return Err(AccessError::Closed);
             }
         }
@@ -274,7 +273,7 @@ impl Handler<Command> for Middleman {
             }
             Command::Close(connection, close) => {
                 if let Some(link) = self.link(connection) {
-                    link.closing = Some(Instant::now() + LAST_WORDS);
+                    link.closing = true;
                     let error = AccessError::from(close);
                     ctx.run_later(LAST_WORDS, move |middleman, ctx| {
                         if middleman.connection == connection {
@@ -287,7 +286,7 @@ impl Handler<Command> for Middleman {
                 self.stopping = true;
                 match &mut self.link {
                     // The Client has said farewell before.
-                    Some(link) => link.closing = Some(Instant::now() + LAST_WORDS),
+                    Some(link) => link.closing = true,
                     None => ctx.stop(),
                 }
                 ctx.run_later(LAST_WORDS, |_, ctx| ctx.stop());

@@ -95,8 +95,8 @@ pub struct Middleman {
     born: Instant,
     /// What had been written when something was left to be written, and since when it is no more.
     stalled: Option<(u64, Instant)>,
-    /// To be closed when everything is written, by then at the latest.
-    closing: Option<Instant>,
+    /// To be closed when everything is written.
+    closing: bool,
     timer: Option<SpawnHandle>,
 }
 
@@ -120,7 +120,7 @@ impl Middleman {
             differ: None,
             born: Instant::now(),
             stalled: None,
-            closing: None,
+            closing: false,
             timer: None,
         }
     }
@@ -221,8 +221,8 @@ impl Middleman {
     /// The session is closed: what it still has to say goes out, then the socket is closed.
     fn close(&mut self, ctx: &mut Context<Self>) {
         self.abandon();
-        if self.closing.is_none() {
-            self.closing = Some(Instant::now() + LAST_WORDS);
+        if !self.closing {
+            self.closing = true;
             ctx.run_later(LAST_WORDS, |_, ctx| ctx.stop());
         }
     }
@@ -271,7 +271,7 @@ impl Middleman {
     ) -> Result<bool, AccessError> {
         let before = self.framed.received;
         for _ in 0..TURNS {
-            if self.closing.is_some() || !self.session.wants_input() {
+            if self.closing || !self.session.wants_input() {
                 return Ok(false);
             }
             let Poll::Ready(frame) = self.framed.poll_frame(cx) else {
@@ -346,7 +346,7 @@ impl Middleman {
                 break;
             }
         }
-        if self.closing.is_some() && self.framed.queued() == 0 {
+        if self.closing && self.framed.queued() == 0 {
             // The peer is told that this is the end; whether it listens does not matter.
             if self.framed.poll_shutdown(cx).is_ready() {
                 ctx.stop();
