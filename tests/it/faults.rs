@@ -312,8 +312,13 @@ async fn stopping_flushes_closes_all_and_frees_the_address() {
         let handle = server.clone();
         within(server.stop()).await;
         std::net::TcpListener::bind(address).unwrap();
-        event(&mut events, |e| matches!(e, Event::Disconnected(_)).then_some(())).await;
-        assert!(client.reader().get(b"last").unwrap().is_some(), "lost in round {round}");
+        let why = event(&mut events, |event| match event {
+            Event::Disconnected(why) => Some(why.clone()),
+            _ => None,
+        })
+        .await;
+        let last = client.reader().get(b"last").unwrap();
+        assert!(last.is_some(), "lost in round {round}: {why}");
         // Told so, or closed before it was accepted.
         let mut said = Vec::new();
         let _ = within(stranger.read_to_end(&mut said)).await;

@@ -18,6 +18,9 @@ use crate::error::AccessError;
 /// buffer.
 const READ_BYTES: usize = 32 << 10;
 
+/// How often is read before others have their turn, from a peer that is not listened to any more.
+const DRAIN_READS: usize = 8;
+
 /// How many frames one write takes at most.
 const WRITE_FRAMES: usize = 64;
 
@@ -133,6 +136,21 @@ impl Framed {
     /// Says to the peer that nothing more comes.
     pub(crate) fn poll_shutdown(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         Pin::new(&mut *self.stream).poll_shutdown(cx)
+    }
+
+    /// Throws away what still comes, until the peer has closed too. A socket that is closed while something
+    /// is unread takes what was written last with it.
+    pub(crate) fn poll_drain(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        for _ in 0..DRAIN_READS {
+            let mut scratch = [const { MaybeUninit::uninit() }; READ_BYTES];
+            let mut scratch = ReadBuf::uninit(&mut scratch);
+            match ready!(Pin::new(&mut *self.stream).poll_read(cx, &mut scratch)) {
+                Ok(()) if !scratch.filled().is_empty() => {}
+                Ok(()) | Err(_) => return Poll::Ready(()),
+            }
+        }
+        cx.waker().wake_by_ref();
+        Poll::Pending
     }
 
     fn advance(&mut self, written: usize) {

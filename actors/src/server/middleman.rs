@@ -347,8 +347,8 @@ impl Middleman {
             }
         }
         if self.closing && self.framed.queued() == 0 {
-            // The peer is told that this is the end; whether it listens does not matter.
-            if self.framed.poll_shutdown(cx).is_ready() {
+            // The peer is told that this is the end, and closes when it has heard so.
+            if self.framed.poll_shutdown(cx).is_ready() && self.framed.poll_drain(cx).is_ready() {
                 ctx.stop();
             }
         } else if more || (held && self.session.wants_input()) {
