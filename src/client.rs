@@ -5,8 +5,8 @@ use std::time::Duration;
 
 use actix::{Actor, Addr};
 use tablecast_actors::access::Access;
-use tablecast_actors::client::{self as actors, DiffOutcome, Event, Status};
-use tablecast_actors::{ClientConfig, protocol};
+use tablecast_actors::client::{self as actors, Event};
+use tablecast_actors::{ClientConfig, ClientStatus, DiffOutcome, protocol};
 use tokio::sync::broadcast;
 
 use crate::runtime::Runtime;
@@ -84,7 +84,18 @@ impl Client {
         Ok(self.actor.send(actors::Apply(Change::delete(key))).await??)
     }
 
-    /// Connects, and stays connected. Every connect is followed by a diff.
+    /// The store holds the table as it was at this position, which an earlier [`Client::stop`] answered: it is
+    /// presented to the server, and if that still has what came since, there is no diff. Before
+    /// [`Client::ready`]; of no effect once the table has been changed here. A position that is not the
+    /// store's is noticed when roots are compared.
+    ///
+    /// # Errors
+    /// If the follower has been stopped.
+    pub async fn continue_from(&self, position: Position) -> Result<(), Error> {
+        Ok(self.actor.send(actors::ContinueFrom(position)).await?)
+    }
+
+    /// Connects, and stays connected. A diff follows, unless the server still has all that was missed.
     ///
     /// # Errors
     /// If the follower has been stopped.
@@ -100,6 +111,15 @@ impl Client {
     /// If a diff is under way already, or there is no connection.
     pub async fn diff(&self) -> Result<DiffOutcome, Error> {
         Ok(self.actor.send(actors::Diff).await??)
+    }
+
+    /// The repair that is held ([`Event::Held`]) is meant: a diff begins, and deletes whatever it finds. One
+    /// that follows is held again.
+    ///
+    /// # Errors
+    /// If the follower has been stopped.
+    pub async fn allow_mass_delete(&self) -> Result<(), Error> {
+        Ok(self.actor.send(actors::AllowMassDelete).await?)
     }
 
     /// Waits until the table holds every change up to a position, such as that of a write: then whoever
@@ -125,7 +145,7 @@ impl Client {
     ///
     /// # Errors
     /// If it has been stopped.
-    pub async fn status(&self) -> Result<Status, Error> {
+    pub async fn status(&self) -> Result<ClientStatus, Error> {
         Ok(self.actor.send(actors::GetStatus).await?)
     }
 
@@ -148,10 +168,11 @@ impl Client {
         &self.actor
     }
 
-    /// Says farewell to the server and ends.
-    pub async fn stop(self) {
+    /// Says farewell to the server and ends. Answers where the table stands, for
+    /// [`Client::continue_from`]; `None` if something may be missing.
+    pub async fn stop(self) -> Option<Position> {
         // It has stopped before if nobody answers.
-        self.actor.send(actors::Stop).await.ok();
+        self.actor.send(actors::Stop).await.ok().flatten()
     }
 }
 

@@ -48,12 +48,16 @@ mod server;
 pub use client::Client;
 pub use error::Error;
 pub use server::Server;
-pub use tablecast_actors::client::{DiffOutcome, DiffReport, Event, Status as ClientStatus};
+pub use tablecast_actors::client::Event;
+pub use tablecast_actors::protocol::client::{DiffPhase, Progress};
 pub use tablecast_actors::protocol::{
-    Chain, Change, Epoch, Hash, HeartbeatConfig, Key, Limits, MemoryStore, Position, Reader,
-    Revision, Store, StoreError, Value, Way, server::SessionConfig,
+    AbortReason, Chain, Change, Epoch, Hash, HeartbeatConfig, Key, Limits, MemoryStore, Position,
+    Reader, Revision, Store, StoreError, Value, Way,
+    server::{Served, SessionConfig},
 };
-pub use tablecast_actors::server::{Applied, FollowerStatus, Status as ServerStatus, Written};
+pub use tablecast_actors::server::{Applied, Written};
 pub use tablecast_actors::{
-    AccessError, ClientConfig, DiffAborted, DiffError, ServerConfig, WaitError, access,
+    AccessError, ClientConfig, ClientStatus, DiffAborted, DiffError, DiffOutcome, DiffReport,
+    FollowerStatus, Health, MassDelete, ServedDiff, ServerConfig, ServerStatus, Verified,
+    WaitError, access, metrics,
 };

@@ -7,10 +7,9 @@ use actix::Addr;
 use tablecast_actors::access::Listener;
 use tablecast_actors::access::tcp::TcpListener;
 use tablecast_actors::server::{
-    self as actors, Applied, Arbiters, Endpoint, FollowerStatus, GetFollowers, GetStatus, Status,
-    Written,
+    self as actors, Applied, Arbiters, Endpoint, GetFollowers, GetStatus, Written,
 };
-use tablecast_actors::{ServerConfig, protocol};
+use tablecast_actors::{FollowerStatus, ServerConfig, ServerStatus, protocol};
 use tokio::sync::{broadcast, oneshot};
 
 use crate::runtime::Runtime;
@@ -147,7 +146,7 @@ impl Server {
     ///
     /// # Errors
     /// If it has been stopped.
-    pub async fn status(&self) -> Result<Status, Error> {
+    pub async fn status(&self) -> Result<ServerStatus, Error> {
         Ok(self.actor().send(GetStatus).await?)
     }
 

@@ -12,7 +12,8 @@
 //! | [`Diff`] | how the diff ended | user |
 //! | [`WaitFor`], [`WaitReady`] | when the table has reached a revision, or lacks nothing | user |
 //! | [`GetStatus`], [`Subscribe`] | what is asked for | user |
-//! | [`Stop`] | when the connection has been told farewell | user |
+//! | [`ContinueFrom`], [`AllowMassDelete`] | at once | user |
+//! | [`Stop`] | where the table stood, when the connection has been told farewell | user |
 //! | `LinkUp`, `LinkDown`, `Received`, `Heard`, `Malformed` | | Middleman |
 
 pub(crate) mod backoff;
@@ -24,23 +25,28 @@ use std::time::Duration;
 
 use actix::prelude::*;
 use actix_rt::ArbiterHandle;
-use tablecast_protocol::client::{Counts, Output, RootOf, Session};
+use tablecast_protocol::client::{Counts, DiffPhase, Output, Progress, RootOf, Session};
 use tablecast_protocol::diff::answer;
 use tablecast_protocol::server::Close;
 use tablecast_protocol::{
-    Change, DecodeError, DiffId, Digest, Epoch, Hash, Position, ProtocolError, Reason, Replica,
-    Revision, StoreError, ToClient, Tree, Way,
+    Change, Correction, DecodeError, DiffId, Digest, Epoch, Hash, Key, Position, ProtocolError,
+    Reason, Replica, Revision, StoreError, ToClient, Tree, Way, scrub,
 };
 use tokio::sync::{broadcast, oneshot};
 use tokio::time::Instant;
-use tracing::{info, warn};
+use tracing::{debug, info, warn};
 
 use crate::access::Access;
 use crate::config::ClientConfig;
 use crate::error::{DiffAborted, DiffError, WaitError};
+use crate::metrics;
 use crate::server::root_of;
+use crate::status::{ClientStatus, DiffOutcome, DiffReport, Health};
 use backoff::Backoff;
 use middleman::{Command, ConnectionId, Middleman};
+
+/// Most keys that one look through the store puts right; the next one finds the others.
+const SCRUBBED_KEYS: usize = 1 << 16;
 
 /// A change of the follower's own table, beside the server: to fill it, or to break it in a test.
 #[derive(Debug, Message)]
@@ -78,7 +84,7 @@ pub struct WaitReady(pub Duration);
 
 /// How the follower is.
 #[derive(Debug, Message)]
-#[rtype(result = "Status")]
+#[rtype(result = "ClientStatus")]
 pub struct GetStatus;
 
 /// A subscription to what happens.
@@ -86,53 +92,22 @@ pub struct GetStatus;
 #[rtype(result = "broadcast::Receiver<Event>")]
 pub struct Subscribe;
 
-/// Says farewell to the server and ends.
+/// The table is as it was at this position, of an earlier [`Stop`]: it is presented to the server. Does
+/// nothing once there was a connection, or the table has been changed since.
 #[derive(Debug, Message)]
 #[rtype(result = "()")]
+pub struct ContinueFrom(pub Position);
+
+/// The repair that is held, or would be, is meant: diff at once, and let that delete whatever it finds.
+#[derive(Debug, Message)]
+#[rtype(result = "()")]
+pub struct AllowMassDelete;
+
+/// Says farewell to the server and ends. Answered with where the table stands; `None` if something may be
+/// missing.
+#[derive(Debug, Message)]
+#[rtype(result = "Option<Position>")]
 pub struct Stop;
-
-/// How a diff ended.
-#[derive(Clone, Debug, PartialEq)]
-pub enum DiffOutcome {
-    /// It was done, whatever it found.
-    Done(DiffReport),
-    /// It ended early.
-    Aborted(DiffAborted),
-}
-
-/// What a diff did.
-#[derive(Clone, Debug, PartialEq)]
-pub struct DiffReport {
-    /// Queries of the walk that waited for an answer; 1 if what came with the asking was enough.
-    pub rounds: u32,
-    /// Bytes to the server, frames and all, from `SyncReq` to `SyncDone`.
-    pub bytes_sent: u64,
-    /// Bytes from the server, live changes included, from `SyncReq` to `SyncDone`.
-    pub bytes_received: u64,
-    /// Keys written.
-    pub written: u64,
-    /// Keys deleted.
-    pub deleted: u64,
-    /// Keys that differed and were left out, because a live change brought them.
-    pub suppressed: u64,
-    /// Keys that could not be repaired: unreadable there, or refused by the store here.
-    pub failed: u64,
-    /// From the asking to the verdict.
-    pub elapsed: Duration,
-    /// The mark at which the roots were compared.
-    pub revision: Revision,
-    /// This table's root there.
-    pub root: Hash,
-    /// The server's root there.
-    pub server_root: Hash,
-}
-
-impl DiffReport {
-    /// Whether both tables were equal at the mark.
-    pub fn equal(&self) -> bool {
-        self.root == self.server_root
-    }
-}
 
 /// What happens to a follower.
 #[derive(Clone, Debug)]
@@ -163,39 +138,31 @@ pub enum Event {
         /// The server's root there.
         server_root: Hash,
     },
+    /// How far the diff under way is, after every step of it.
+    Progress(Progress),
+    /// A diff found more to delete than [`MassDelete`](crate::MassDelete) allows, and changed nothing.
+    /// The next one comes with the next connection, with `diff_every`, or when it is asked for;
+    /// [`AllowMassDelete`] lets it through.
+    Held {
+        /// Keys that it would write.
+        writes: u64,
+        /// Keys that it would delete.
+        deletes: u64,
+        /// Keys that there were.
+        keys: u64,
+    },
+    /// The store was looked through, and does not hold what was written: so many keys have been changed
+    /// behind the follower's back. A diff follows.
+    Corrupt {
+        /// How many.
+        keys: usize,
+        /// One of them.
+        example: Key,
+    },
     /// A diff ended.
     Diff(DiffOutcome),
     /// The store refused a change. A diff follows.
     Refused(Arc<StoreError>),
-}
-
-/// How a follower is.
-#[derive(Clone, Debug)]
-pub struct Status {
-    /// The handshake is through.
-    pub connected: bool,
-    /// The session's state; `Disconnected` without one.
-    pub state: &'static str,
-    /// Where the stream stands; `None` without a connection.
-    pub stream: Option<Position>,
-    /// Where the table stands; `None` while something may be missing.
-    pub position: Option<Position>,
-    /// How many keys there are.
-    pub keys: usize,
-    /// Live changes applied.
-    pub applied: u64,
-    /// Changes that the store refused.
-    pub refused: u64,
-    /// How often the handshake was through.
-    pub connects: u64,
-    /// How often the follower fell behind.
-    pub fell_behind: u64,
-    /// The last mark at which this table's root was that of the server.
-    pub verified: Option<Revision>,
-    /// How often it was not, where nothing was known to be missing.
-    pub diverged: u64,
-    /// How the last diff ended.
-    pub last_diff: Option<DiffOutcome>,
 }
 
 /// A connection is there.
@@ -222,7 +189,10 @@ pub(crate) struct Received {
     pub(crate) connection: ConnectionId,
     pub(crate) message: ToClient,
     pub(crate) bytes: usize,
+    /// Since the last `SyncReq`.
     pub(crate) traffic: Traffic,
+    /// Since the connect.
+    pub(crate) total: Traffic,
 }
 
 /// A part of a message came.
@@ -251,6 +221,8 @@ struct Tick;
 enum Computed {
     Root(ConnectionId, RootOf, Option<Hash>),
     Answer(ConnectionId, DiffId, Option<Result<tablecast_protocol::diff::Answer, ProtocolError>>),
+    /// The root of what the store holds at a mark, and keys that the tree is wrong about.
+    Scrubbed(ConnectionId, Revision, Option<(Hash, Vec<Key>)>),
 }
 
 /// Who waits for a revision of a history, or for any.
@@ -265,6 +237,9 @@ struct Waiter {
 #[derive(Debug)]
 struct Running {
     since: Instant,
+    /// When it got a place at the server.
+    started: Option<Instant>,
+    progress: Progress,
     /// At `SyncDone`.
     traffic: Traffic,
     waiting: Vec<oneshot::Sender<DiffOutcome>>,
@@ -309,6 +284,16 @@ pub struct Client {
     verified: Option<Revision>,
     diverged: u64,
     last_diff: Option<DiffOutcome>,
+    /// What the last diff could not heal, until one does.
+    trouble: Option<Health>,
+    /// What the store said when it refused something last.
+    refusal: Option<Arc<StoreError>>,
+    corrupt: u64,
+    /// The next diff may delete what it likes.
+    allowed: bool,
+    way: Option<Way>,
+    /// Of the connections before this one, and of this one.
+    traffic: (Traffic, Traffic),
     stopping: bool,
 }
 
@@ -342,6 +327,12 @@ impl Client {
             verified: None,
             diverged: 0,
             last_diff: None,
+            trouble: None,
+            refusal: None,
+            corrupt: 0,
+            allowed: false,
+            way: None,
+            traffic: (Traffic::default(), Traffic::default()),
             stopping: false,
             config: Arc::new(config),
         }
@@ -404,13 +395,22 @@ impl Client {
                     info!(epoch = %at.epoch, revision = %at.revision, %way, "connected");
                     self.connects += 1;
                     self.restarts.reset();
+                    metrics::connected(way);
+                    self.way = Some(way);
                     self.emit(|| Event::Connected(at, way));
                     self.fail_waiters(at.epoch);
-                    if way != Way::Resumed {
+                    if !way.resumes() {
                         self.want_diff(false);
                     }
                 }
-                Output::Apply { first, changes } => self.follow(first, changes, ctx),
+                Output::Apply { first, changes } => {
+                    let revisions = (first.0..=u64::MAX).map(Revision);
+                    self.follow(revisions.zip(changes), ctx);
+                }
+                Output::CatchUp { revision, changes } => {
+                    self.follow(std::iter::repeat(revision).zip(changes), ctx);
+                }
+                Output::CaughtUp(revision) => debug!(%revision, "caught up"),
                 Output::Repair { diff, changes } => self.repair(diff, changes),
                 Output::Answer { diff, tree, query, max_bytes } => {
                     let answer = move || answer(&tree, &query, max_bytes);
@@ -422,7 +422,14 @@ impl Client {
                 Output::Root(diff, tree) => {
                     self.compute_root(connection, RootOf::Diff(diff), tree, ctx);
                 }
-                Output::Mark(revision) => {
+                Output::Progress(progress) => self.progress(progress),
+                Output::Held { writes, deletes, keys, .. } => {
+                    self.held(writes, deletes, keys, ctx);
+                }
+                Output::Mark { revision, ends_diff: false } if self.config.scrub => {
+                    self.scrub(connection, revision, ctx);
+                }
+                Output::Mark { revision, .. } => {
                     let tree = self.replica.tree().clone();
                     self.compute_root(connection, RootOf::Mark(revision), tree, ctx);
                 }
@@ -438,6 +445,7 @@ impl Client {
                 Output::FellBehind(revision) => {
                     info!(%revision, "fell behind");
                     self.fell_behind += 1;
+                    metrics::fell_behind();
                     self.emit(|| Event::FellBehind(revision));
                     self.want_diff(false);
                 }
@@ -460,14 +468,66 @@ impl Client {
         }));
     }
 
-    /// Live changes.
-    fn follow(&mut self, first: Revision, changes: Vec<(Change, Digest)>, ctx: &mut Context<Self>) {
-        for (revision, (change, digest)) in (first.0..=u64::MAX).zip(changes) {
+    /// Looks the store through at a mark, and computes the root of what is there.
+    fn scrub(&self, connection: ConnectionId, revision: Revision, ctx: &mut Context<Self>) {
+        // Both of this moment.
+        let (mut tree, entries) = (self.replica.tree().clone(), self.replica.reader().snapshot());
+        let scrub = move || {
+            let found = scrub(&tree, entries, SCRUBBED_KEYS).unwrap_or_else(|error| {
+                warn!(%error, "the store cannot be looked through");
+                Vec::new()
+            });
+            for Correction { key, entry } in &found {
+                match entry {
+                    Some(entry) => tree.insert_entry(entry.clone()),
+                    None => tree.remove(key),
+                };
+            }
+            (tree.root(), found.into_iter().map(|found| found.key).collect())
+        };
+        let scrubbed = actix_rt::task::spawn_blocking(scrub).into_actor(self);
+        ctx.spawn(scrubbed.map(move |scrubbed, _, ctx| {
+            ctx.notify(Computed::Scrubbed(connection, revision, scrubbed.ok()));
+        }));
+    }
+
+    /// These keys have been changed behind this actor's back: the tree is told what is there now. That
+    /// its root is not the server's leads to a diff.
+    fn corrupted(&mut self, keys: Vec<Key>) {
+        let Some(example) = keys.first().cloned() else { return };
+        warn!(keys = keys.len(), "the store has been changed behind the follower's back");
+        for key in &keys {
+            if let Err(error) = self.replica.look_up(key) {
+                self.refuse(error);
+            }
+        }
+        self.corrupt += keys.len() as u64;
+        metrics::corrupt(keys.len() as u64);
+        self.emit(|| Event::Corrupt { keys: keys.len(), example });
+    }
+
+    fn progress(&mut self, progress: Progress) {
+        if let Some(running) = &mut self.running {
+            running.progress = progress;
+            if progress.phase != DiffPhase::Queued {
+                running.started.get_or_insert_with(Instant::now);
+            }
+        }
+        self.emit(|| Event::Progress(progress));
+    }
+
+    /// Live changes, or what was missed.
+    fn follow(
+        &mut self,
+        changes: impl Iterator<Item = (Revision, (Change, Digest))>,
+        ctx: &mut Context<Self>,
+    ) {
+        let before = self.applied;
+        for (revision, (change, digest)) in changes {
             match self.replica.apply_digested(&change, &digest) {
                 Ok(()) => {
                     self.applied += 1;
-                    let (revision, repair) = (Revision(revision), false);
-                    self.emit(|| Event::Change { change, revision, repair });
+                    self.emit(|| Event::Change { change, revision, repair: false });
                 }
                 Err(error) => {
                     self.refuse(error);
@@ -478,6 +538,7 @@ impl Client {
                 }
             }
         }
+        metrics::changes_applied(self.applied - before);
     }
 
     fn repair(&mut self, diff: DiffId, changes: Vec<(Change, Digest)>) {
@@ -501,7 +562,9 @@ impl Client {
     fn refuse(&mut self, error: StoreError) {
         warn!(%error, "a change was refused");
         self.refused += 1;
+        metrics::change_refused();
         let error = Arc::new(error);
+        self.refusal = Some(Arc::clone(&error));
         self.emit(|| Event::Refused(error));
     }
 
@@ -523,10 +586,19 @@ impl Client {
 
     fn ask_for_diff(&mut self, full: bool) -> Result<(), DiffError> {
         let (_, session) = self.link.as_mut().ok_or(DiffError::Disconnected)?;
-        session.handle_diff(self.replica.tree().clone(), full)?;
+        let tree = self.replica.tree().clone();
+        let guard = self.config.mass_delete.filter(|_| !self.allowed);
+        let max_deletes = guard.map_or(u64::MAX, |guard| guard.max_deletes(tree.len()));
+        session.handle_diff(tree, full, max_deletes)?;
         self.changed = false;
-        let (since, traffic) = (Instant::now(), Traffic::default());
-        self.running = Some(Running { since, traffic, waiting: std::mem::take(&mut self.next) });
+        self.refusal = None;
+        self.running = Some(Running {
+            since: Instant::now(),
+            started: None,
+            progress: Progress::default(),
+            traffic: Traffic::default(),
+            waiting: std::mem::take(&mut self.next),
+        });
         Ok(())
     }
 
@@ -561,6 +633,7 @@ impl Client {
             deleted: counts.deleted,
             suppressed: counts.suppressed,
             failed: counts.failed,
+            waited: running.started.map_or(Duration::ZERO, |started| started - running.since),
             elapsed: running.since.elapsed(),
             revision,
             root,
@@ -568,6 +641,9 @@ impl Client {
         };
         // Equal at the mark; what was refused behind it is missing still.
         let whole = self.standing().is_some();
+        metrics::diff_done(&report);
+        self.allowed = false;
+        self.trouble = self.what_is_wrong(&report, whole);
         if report.equal() && whole {
             self.verified = Some(revision);
             self.retries.reset();
@@ -584,8 +660,33 @@ impl Client {
         self.end_diff(DiffOutcome::Done(report), running.waiting);
     }
 
+    /// What a diff that was done has not healed.
+    fn what_is_wrong(&self, report: &DiffReport, whole: bool) -> Option<Health> {
+        let DiffReport { failed, revision, root, server_root, .. } = report;
+        let reason = match &self.refusal {
+            _ if report.equal() && whole => return None,
+            Some(error) => format!("the store refuses: {error}"),
+            None if *failed > 0 => format!("{failed} keys cannot be read at the server"),
+            None => {
+                format!("at revision {revision} the root is {root}, the server's {server_root}")
+            }
+        };
+        Some(Health::Diverged { reason })
+    }
+
+    /// A diff would have deleted too much. It is not asked for by the clock again: each time the whole
+    /// table would be walked.
+    fn held(&mut self, writes: u64, deletes: u64, keys: u64, ctx: &mut Context<Self>) {
+        warn!(writes, deletes, keys, "a repair is held: it would delete too much");
+        metrics::held();
+        self.trouble = Some(Health::Held { writes, deletes, keys });
+        self.emit(|| Event::Held { writes, deletes, keys });
+        self.diff_aborted(DiffAborted::Held { deletes, keys }, ctx);
+    }
+
     fn diff_aborted(&mut self, why: DiffAborted, ctx: &mut Context<Self>) {
         let Some(running) = self.running.take() else { return };
+        metrics::diff_aborted();
         if matches!(why, DiffAborted::Server(_)) {
             self.retry_diff(false, ctx);
         }
@@ -650,9 +751,45 @@ impl Client {
         }
         warn!(%revision, %root, %server_root, "the table has diverged from the server's");
         self.diverged += 1;
+        metrics::diverged();
         self.emit(|| Event::Diverged { revision, root, server_root });
         // At once; should that not heal it, the next ones are asked for more and more slowly.
         self.want_diff(true);
+    }
+
+    fn status(&self) -> ClientStatus {
+        let session = self.link.as_ref().map(|(_, session)| session);
+        let stream = session.and_then(Session::stream);
+        let position = self.standing();
+        let health = match &self.trouble {
+            _ if stream.is_none() => Health::Disconnected,
+            _ if position.is_some() => Health::Ready,
+            Some(trouble) => trouble.clone(),
+            None => Health::Syncing,
+        };
+        let (before, now) = self.traffic;
+        ClientStatus {
+            name: self.config.name.clone(),
+            server: self.access.address(),
+            connected: stream.is_some(),
+            state: session.map_or("Disconnected", Session::state).into(),
+            health,
+            way: self.way,
+            stream,
+            position,
+            keys: self.replica.tree().len(),
+            applied: self.applied,
+            refused: self.refused,
+            corrupt: self.corrupt,
+            connects: self.connects,
+            fell_behind: self.fell_behind,
+            verified: self.verified,
+            diverged: self.diverged,
+            progress: self.running.as_ref().map(|running| running.progress),
+            last_diff: self.last_diff.clone(),
+            bytes_sent: before.sent + now.sent,
+            bytes_received: before.received + now.received,
+        }
     }
 
     // The connection.
@@ -666,6 +803,10 @@ impl Client {
     /// There is no connection any more.
     fn unlink(&mut self, reason: String, ctx: &mut Context<Self>) {
         let Some((_, session)) = self.link.take() else { return };
+        let (before, last) = self.traffic;
+        let total =
+            Traffic { sent: before.sent + last.sent, received: before.received + last.received };
+        self.traffic = (total, Traffic::default());
         if session.stream().is_some() {
             self.position = session.position().filter(|_| !self.changed);
         }
@@ -720,13 +861,21 @@ impl Actor for Client {
 
     fn started(&mut self, ctx: &mut Context<Self>) {
         ctx.set_mailbox_capacity(1024);
+        ctx.run_interval(metrics::EVERY, |client, _| metrics::client(&client.status()));
         if let Some(every) = self.config.diff_every {
-            ctx.run_interval(every, |client, ctx| {
-                client.want_diff(false);
-                client.begin_diff(ctx);
-            });
+            // The first one anywhere within the period.
+            diff_after(every.mul_f64(fastrand::f64()), every, ctx);
         }
     }
+}
+
+/// Asks for a diff from time to time.
+fn diff_after(wait: Duration, every: Duration, ctx: &mut Context<Client>) {
+    ctx.run_later(wait, move |client, ctx| {
+        client.want_diff(false);
+        client.begin_diff(ctx);
+        diff_after(every.mul_f64(0.5 + fastrand::f64()), every, ctx);
+    });
 }
 
 impl Handler<Apply> for Client {
@@ -756,11 +905,13 @@ impl Handler<Diff> for Client {
     fn handle(&mut self, _: Diff, ctx: &mut Context<Self>) -> Self::Result {
         let (waiter, outcome) = oneshot::channel();
         let full = self.due.unwrap_or(false);
-        let comparing = self.link.as_ref().is_some_and(|(_, session)| session.is_comparing());
-        let asked = if comparing { Ok(()) } else { self.ask_for_diff(full) };
+        let soon = |session: &Session| session.is_comparing() || session.is_catching_up();
+        let soon = self.link.as_ref().is_some_and(|(_, session)| soon(session));
+        let asked = if soon { Ok(()) } else { self.ask_for_diff(full) };
         match (asked, &mut self.running) {
-            // The tables are as good as repaired: nobody need be told to come again.
-            (Ok(()), _) if comparing => {
+            // One that is as good as done, or what was missed, comes first: nobody need be told to come
+            // again.
+            (Ok(()), _) if soon => {
                 self.due = Some(full);
                 self.next.push(waiter);
             }
@@ -799,22 +950,27 @@ impl Handler<GetStatus> for Client {
     type Result = MessageResult<GetStatus>;
 
     fn handle(&mut self, _: GetStatus, _: &mut Context<Self>) -> Self::Result {
-        let session = self.link.as_ref().map(|(_, session)| session);
-        let stream = session.and_then(Session::stream);
-        MessageResult(Status {
-            connected: stream.is_some(),
-            state: session.map_or("Disconnected", Session::state),
-            stream,
-            position: self.standing(),
-            keys: self.replica.tree().len(),
-            applied: self.applied,
-            refused: self.refused,
-            connects: self.connects,
-            fell_behind: self.fell_behind,
-            verified: self.verified,
-            diverged: self.diverged,
-            last_diff: self.last_diff.clone(),
-        })
+        MessageResult(self.status())
+    }
+}
+
+impl Handler<ContinueFrom> for Client {
+    type Result = ();
+
+    fn handle(&mut self, ContinueFrom(position): ContinueFrom, _: &mut Context<Self>) {
+        if self.connects == 0 && self.link.is_none() && !self.changed {
+            self.position = Some(position);
+        }
+    }
+}
+
+impl Handler<AllowMassDelete> for Client {
+    type Result = ();
+
+    fn handle(&mut self, _: AllowMassDelete, ctx: &mut Context<Self>) {
+        self.allowed = true;
+        self.want_diff(false);
+        self.begin_diff(ctx);
     }
 }
 
@@ -827,10 +983,13 @@ impl Handler<Subscribe> for Client {
 }
 
 impl Handler<Stop> for Client {
-    type Result = ();
+    type Result = Option<Position>;
 
-    fn handle(&mut self, _: Stop, ctx: &mut Context<Self>) {
+    fn handle(&mut self, _: Stop, ctx: &mut Context<Self>) -> Option<Position> {
         self.stopping = true;
+        let connected = self.link.as_ref().is_some_and(|(_, session)| session.stream().is_some());
+        let position = if connected { self.standing() } else { self.position };
+        let position = position.filter(|_| !self.changed);
         if let Some((_, session)) = &mut self.link {
             session.handle_close(Reason::Stopping, "");
         }
@@ -838,6 +997,7 @@ impl Handler<Stop> for Client {
         self.tell(Command::Stop);
         self.waiters.clear();
         ctx.stop();
+        position
     }
 }
 
@@ -867,12 +1027,13 @@ impl Handler<Received> for Client {
     type Result = ();
 
     fn handle(&mut self, received: Received, ctx: &mut Context<Self>) {
-        let Received { connection, message, bytes, traffic } = received;
+        let Received { connection, message, bytes, traffic, total } = received;
         let now = self.now();
         self.tell(Command::Done(connection, bytes));
         if self.session(connection).is_none() {
             return;
         }
+        self.traffic.1 = total;
         if matches!(message, ToClient::SyncDone { .. })
             && let Some(running) = &mut self.running
         {
@@ -942,6 +1103,19 @@ impl Handler<Computed> for Client {
                 if let Some(session) = self.session(connection) {
                     match root {
                         Some(root) => session.handle_root(of, root),
+                        None => session.handle_close(Reason::Failed, "no root"),
+                    }
+                }
+            }
+            Computed::Scrubbed(connection, revision, scrubbed) => {
+                let (root, keys) = match scrubbed {
+                    Some((root, keys)) => (Some(root), keys),
+                    None => (None, Vec::new()),
+                };
+                self.corrupted(keys);
+                if let Some(session) = self.session(connection) {
+                    match root {
+                        Some(root) => session.handle_root(RootOf::Mark(revision), root),
                         None => session.handle_close(Reason::Failed, "no root"),
                     }
                 }

@@ -69,8 +69,17 @@ pub struct ClientConfig {
     pub backoff_min: Duration,
     /// The longest wait before the next attempt: 10 s.
     pub backoff_max: Duration,
-    /// Ask for a diff so long after the last one; `None` (the default) is only when there is a reason.
+    /// Ask for a diff about so often, spread over half the time more and less, so that a thousand
+    /// followers that began together do not ask together; `None` (the default) is only when there is
+    /// a reason.
     pub diff_every: Option<Duration>,
+    /// Which repairs are held until somebody says that they are meant: those that would delete more than
+    /// half of the keys and more than 1,000. `None` holds none. Live deletes are never held.
+    pub mass_delete: Option<MassDelete>,
+    /// Whether the whole store is read, and compared with the tree, whenever roots are compared from
+    /// time to time, so that what was changed behind the follower's back is found: yes. It costs a hash of
+    /// every value, on a thread of its own.
+    pub scrub: bool,
     /// How many bytes of frames may wait to be applied: 4 MiB. Then nothing more is read.
     pub inbox_bytes: usize,
     /// How many events a subscriber may lag behind: 1,024. Then it is told how many it missed.
@@ -87,8 +96,47 @@ impl Default for ClientConfig {
             backoff_min: Duration::from_millis(100),
             backoff_max: Duration::from_secs(10),
             diff_every: None,
+            mass_delete: Some(MassDelete::default()),
+            scrub: true,
             inbox_bytes: 4 << 20,
             event_capacity: 1024,
         }
+    }
+}
+
+/// A repair deletes too much if it deletes more than this share of the keys, and more than this number.
+///
+/// A server that came up empty, or with a part of its table, would otherwise empty every follower.
+///
+/// ```
+/// use tablecast_actors::MassDelete;
+///
+/// let guard = MassDelete::default();
+/// assert_eq!((guard.max_deletes(100), guard.max_deletes(10_000)), (1000, 5000));
+/// ```
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct MassDelete {
+    /// From 0 to 1: half.
+    pub share: f64,
+    /// However small the table: 1,000.
+    pub keys: u64,
+}
+
+impl Default for MassDelete {
+    fn default() -> Self {
+        Self { share: 0.5, keys: 1000 }
+    }
+}
+
+impl MassDelete {
+    /// The most keys that a repair of a table of `keys` keys may delete.
+    #[expect(
+        clippy::cast_precision_loss,
+        clippy::cast_possible_truncation,
+        clippy::cast_sign_loss,
+        reason = "no table has as many keys as a double counts exactly, and a cast saturates"
+    )]
+    pub fn max_deletes(&self, keys: usize) -> u64 {
+        ((keys as f64 * self.share) as u64).max(self.keys)
     }
 }

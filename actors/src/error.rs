@@ -1,5 +1,6 @@
 //! What ends a connection, and what a call on an actor can fail with.
 
+use serde::{Deserialize, Serialize};
 use tablecast_protocol::server::Close;
 use tablecast_protocol::{AbortReason, DecodeError};
 
@@ -74,12 +75,20 @@ pub enum WaitError {
 }
 
 /// Why a diff ended without a report.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error, Serialize, Deserialize)]
 #[non_exhaustive]
 pub enum DiffAborted {
     /// The server says so.
     #[error("the server ended the diff: {0}")]
     Server(AbortReason),
+    /// It would delete more keys than [`MassDelete`](crate::MassDelete) allows, and changed nothing.
+    #[error("held: it would delete {deletes} of {keys} keys")]
+    Held {
+        /// Keys that it would delete.
+        deletes: u64,
+        /// Keys that there are.
+        keys: u64,
+    },
     /// The connection ended.
     #[error("the connection ended")]
     Disconnected,
@@ -89,7 +98,8 @@ impl From<tablecast_protocol::client::NotNow> for DiffError {
     fn from(error: tablecast_protocol::client::NotNow) -> Self {
         use tablecast_protocol::client::NotNow;
         match error {
-            NotNow::AlreadyDiffing => Self::AlreadyDiffing,
+            // Whoever asks while what was missed comes waits: see `Client`.
+            NotNow::AlreadyDiffing | NotNow::CatchingUp => Self::AlreadyDiffing,
             NotNow::Disconnected => Self::Disconnected,
         }
     }

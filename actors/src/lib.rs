@@ -30,8 +30,14 @@ pub mod access;
 pub mod client;
 mod config;
 mod error;
+pub mod metrics;
 pub mod server;
+mod status;
 
-pub use config::{ClientConfig, ServerConfig};
+pub use config::{ClientConfig, MassDelete, ServerConfig};
 pub use error::{AccessError, DiffAborted, DiffError, WaitError};
+pub use status::{
+    ClientStatus, DiffOutcome, DiffReport, FollowerStatus, Health, ServedDiff, ServerStatus,
+    Verified,
+};
 pub use tablecast_protocol as protocol;

@@ -22,6 +22,7 @@ use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{self, Poll};
+use std::time::{Duration, Instant};
 
 use actix::prelude::*;
 use tablecast_protocol::diff::Difference;
@@ -32,6 +33,8 @@ use tablecast_protocol::{
 use tokio::sync::{broadcast, oneshot};
 
 use crate::config::ServerConfig;
+use crate::metrics;
+use crate::status::{FollowerStatus, ServerStatus};
 pub use endpoint::{Arbiters, Endpoint};
 use middleman::{Middleman, Reply};
 
@@ -96,7 +99,7 @@ pub struct Applied {
 
 /// How the server is.
 #[derive(Debug, Message)]
-#[rtype(result = "Status")]
+#[rtype(result = "ServerStatus")]
 pub struct GetStatus;
 
 /// Who follows.
@@ -109,54 +112,6 @@ pub struct GetFollowers;
 #[derive(Debug, Message)]
 #[rtype(result = "()")]
 pub struct Stop;
-
-/// How a server is.
-#[derive(Clone, Debug)]
-pub struct Status {
-    /// Where the history stands; `None` before `ready`.
-    pub position: Option<Position>,
-    /// How many keys there are.
-    pub keys: usize,
-    /// How many followers are subscribed.
-    pub followers: usize,
-    /// Diffs that run.
-    pub diffs_running: usize,
-    /// Diffs that wait for a place.
-    pub diffs_waiting: usize,
-    /// Bytes of history kept for followers that lag.
-    pub log_bytes: usize,
-    /// The oldest change that is kept.
-    pub log_tail: Revision,
-    /// Writes that were refused, by a limit or by the store.
-    pub refused: u64,
-}
-
-/// How a follower is, as its Middleman sees it.
-#[derive(Clone, Debug, Default)]
-pub struct FollowerStatus {
-    /// Which connection.
-    pub id: u64,
-    /// What it calls itself.
-    pub name: String,
-    /// Where it is.
-    pub address: String,
-    /// The session's state: `Relay` or `Diff`, `Closed` at the end.
-    pub state: &'static str,
-    /// The last revision that is on the wire.
-    pub sent: Revision,
-    /// How many changes it lags behind the head.
-    pub lag: u64,
-    /// How often it fell behind.
-    pub jumps: u32,
-    /// How many diffs were done on this connection.
-    pub diffs: u64,
-    /// The mark at which its root was compared last, and whether it was equal.
-    pub verified: Option<(Revision, bool)>,
-    /// Bytes that were sent to it.
-    pub bytes_sent: u64,
-    /// Bytes that came from it.
-    pub bytes_received: u64,
-}
 
 /// A connection has said Hello.
 #[derive(Debug, Message)]
@@ -229,6 +184,8 @@ pub struct Server {
     refused: u64,
     /// The root at the newest checkpoint is being computed.
     hashing: bool,
+    /// What the log's time is counted from.
+    born: Instant,
     /// Told to stop: who waits for the last connection to end.
     stopping: Option<Vec<oneshot::Sender<()>>>,
 }
@@ -256,6 +213,7 @@ impl Server {
             changes: broadcast::channel(config.event_capacity.max(1)).0,
             refused: 0,
             hashing: false,
+            born: Instant::now(),
             stopping: None,
             config,
         }
@@ -271,7 +229,8 @@ impl Server {
         self.table.seal();
         let mut grown = false;
         while let Some((chunk, chain)) = self.table.next_chunk() {
-            self.log.lock().push(chunk, chain);
+            metrics::changes_written(chunk.keys.len() as u64);
+            self.log.lock().push(chunk, chain, self.born.elapsed());
             grown = true;
         }
         if grown {
@@ -332,6 +291,42 @@ impl Server {
         position
     }
 
+    fn status(&self) -> ServerStatus {
+        let log = self.log.lock();
+        ServerStatus {
+            position: self.table.position(),
+            keys: self.table.tree().len(),
+            followers: self.followers.len(),
+            diffs_running: self.running.len(),
+            diffs_waiting: self.waiting.len(),
+            log_bytes: log.bytes(),
+            log_tail: log.tail(),
+            refused: self.refused,
+        }
+    }
+
+    fn head(&self) -> Revision {
+        self.table.position().map_or(Revision::ZERO, |position| position.revision)
+    }
+
+    /// How far a follower that was sent this is behind the head, in changes and in time.
+    fn lag(&self, head: Revision, sent: Revision) -> (u64, Duration) {
+        let since = self.log.lock().waiting_since(sent.next());
+        let waited = since.map_or(Duration::ZERO, |at| self.born.elapsed().saturating_sub(at));
+        (head.0.saturating_sub(sent.0), waited)
+    }
+
+    /// Tells the recorder of metrics how things stand.
+    fn record(&self) {
+        let sent = |follower: &Follower| {
+            follower.status.lock().unwrap_or_else(PoisonError::into_inner).sent
+        };
+        let head = self.head();
+        let slowest = self.followers.values().map(sent).min().unwrap_or(head);
+        let (lag, lag_time) = self.lag(head, slowest);
+        metrics::server(&self.status(), lag, lag_time);
+    }
+
     fn stop_if_alone(&mut self, ctx: &mut Context<Self>) {
         if self.followers.is_empty()
             && let Some(waiting) = self.stopping.take()
@@ -363,6 +358,7 @@ impl Actor for Server {
         // The default, 16, would make writers wait for each other's wake-ups.
         ctx.set_mailbox_capacity(1024);
         ctx.spawn(Publish);
+        ctx.run_interval(metrics::EVERY, |server, _| server.record());
         if let Some(every) = self.config.verify_every {
             // Through the mailbox, so that `Publish` runs behind it.
             ctx.run_interval(every, |_, ctx| ctx.address().do_send(SetCheckpoint));
@@ -393,6 +389,7 @@ impl Handler<Write> for Server {
     fn handle(&mut self, Write(changes): Write, _: &mut Context<Self>) -> Self::Result {
         if let Err(error) = self.table.write(&changes) {
             self.refused += 1;
+            metrics::write_refused();
             return Err(error);
         }
         let position = self.table.position();
@@ -464,17 +461,7 @@ impl Handler<GetStatus> for Server {
     type Result = MessageResult<GetStatus>;
 
     fn handle(&mut self, _: GetStatus, _: &mut Context<Self>) -> Self::Result {
-        let log = self.log.lock();
-        MessageResult(Status {
-            position: self.table.position(),
-            keys: self.table.tree().len(),
-            followers: self.followers.len(),
-            diffs_running: self.running.len(),
-            diffs_waiting: self.waiting.len(),
-            log_bytes: log.bytes(),
-            log_tail: log.tail(),
-            refused: self.refused,
-        })
+        MessageResult(self.status())
     }
 }
 
@@ -482,10 +469,11 @@ impl Handler<GetFollowers> for Server {
     type Result = MessageResult<GetFollowers>;
 
     fn handle(&mut self, _: GetFollowers, _: &mut Context<Self>) -> Self::Result {
-        let head = self.table.position().map_or(Revision::ZERO, |position| position.revision);
+        let head = self.head();
         let of = |follower: &Follower| {
             let status = follower.status.lock().unwrap_or_else(PoisonError::into_inner).clone();
-            FollowerStatus { lag: head.0.saturating_sub(status.sent.0), ..status }
+            let (lag, lag_time) = self.lag(head, status.sent);
+            FollowerStatus { lag, lag_time, ..status }
         };
         MessageResult(self.followers.values().map(of).collect())
     }
@@ -524,9 +512,13 @@ impl Handler<Connect> for Server {
         }
         // What was written before is in the log before the follower's place is decided.
         self.publish();
-        let way = self.log.lock().way(head.epoch, position.as_ref());
-        let at = position.filter(|_| way == Way::Resumed).unwrap_or(head);
-        middleman.do_send(Reply::Subscribed(at, way));
+        let (at, way, missed) = {
+            let log = self.log.lock();
+            let way = log.way(head.epoch, position.as_ref());
+            let at = position.filter(|_| way == Way::Resumed).unwrap_or(head);
+            (at, way, log.missed(at.revision))
+        };
+        middleman.do_send(Reply::Subscribed(at, way, missed));
         self.followers.insert(follower, Follower { middleman, woken, status });
     }
 }

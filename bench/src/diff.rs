@@ -137,7 +137,8 @@ fn walk(server: &Tree, follower: &Tree) -> anyhow::Result<(Walked, Difference)> 
     let mut walked = Walked::default();
     let root = timed(&mut walked.root, || follower.root());
     let len = follower.len() as u64;
-    let asking = ToServer::SyncReq { diff, jumps: 0, full: false, root, len };
+    let asking =
+        ToServer::SyncReq { diff, jumps: 0, full: false, root, len, max_deletes: u64::MAX };
     walked.bytes += wire::encode(&asking).len();
     walked.bytes += wire::encode(&ToClient::SyncStart { diff }).len();
 

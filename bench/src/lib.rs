@@ -5,11 +5,12 @@
 use std::cmp::Ordering;
 use std::collections::HashSet;
 use std::net::SocketAddr;
+use std::time::Duration;
 
 use anyhow::Context;
 use bytes::Bytes;
 use tablecast::access::tcp::{TcpAccess, TcpListener};
-use tablecast::{Change, Client, ClientConfig, Event, Key, MemoryStore, Server, ServerConfig};
+use tablecast::{Change, Client, ClientConfig, Key, MemoryStore, Server, ServerConfig};
 
 /// The length of every key, in bytes.
 pub const KEY_BYTES: usize = 16;
@@ -113,19 +114,9 @@ pub async fn follow(
 ) -> anyhow::Result<Client> {
     let access = TcpAccess::new(address.to_string()).with_nodelay(nodelay);
     let client = Client::start(ClientConfig::default(), store, access)?;
-    let mut events = client.events().await?;
     client.ready().await?;
-    loop {
-        match events.recv().await.context("the follower ended")? {
-            Event::Diff(_) => return Ok(client),
-            Event::Connected(..)
-            | Event::Disconnected(_)
-            | Event::Change { .. }
-            | Event::FellBehind(_)
-            | Event::Diverged { .. }
-            | Event::Refused(_) => {}
-        }
-    }
+    client.wait_ready(Duration::from_secs(600)).await.context("the follower does not converge")?;
+    Ok(client)
 }
 
 /// Makes a follower differ.

@@ -3,19 +3,22 @@
 //! ```text
 //!           Welcome            handle_diff              SyncStart            SyncSeq
 //!   Hello ──────────── Relay ────────────── PreDiff ────────────── Diff ────────────── PostDiff
-//!                        ^                     │                     │                     │
-//!                        └──── SyncAbort ──────┴───── SyncAbort ─────┴ SyncAbort, SyncDone ┘
+//!     │                 ^ ^                    │                     │                     │
+//!     │ Welcome,        │ └──── SyncAbort ─────┴───── SyncAbort ─────┴ SyncAbort, SyncDone ┘
+//!     │ shortened       │ CaughtUp, FellBehind
+//!     └───── CatchUp ───┘
 //!   any state ── Refuse, Farewell, a message that must not come ── Closed
 //! ```
 //!
-//! | state \ message | `Welcome` | `Refuse` | `Farewell` | `Live` | `FellBehind` | `SyncStart` | `SyncRequest` | `SyncSeq` | `Repair` | `SyncDone` | `SyncAbort` | `Verify` | `Ping` | `Pong` | `Mark` |
-//! |---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|
-//! | Hello | accept | accept | close | close | close | close | close | close | close | close | close | close | accept | accept | close |
-//! | Relay | close | close | accept | accept | accept | close | close | close | close | close | close | accept | accept | accept | accept |
-//! | PreDiff | close | close | accept | accept | accept | accept | close | close | close | close | accept | ignore | accept | accept | ignore |
-//! | Diff | close | close | accept | accept | close | close | accept | accept | close | close | accept | ignore | accept | accept | ignore |
-//! | PostDiff | close | close | accept | accept | close | close | close | close | accept | accept | accept | ignore | accept | accept | ignore |
-//! | Closed | ignore | ignore | ignore | ignore | ignore | ignore | ignore | ignore | ignore | ignore | ignore | ignore | ignore | ignore | ignore |
+//! | state \ message | `Welcome` | `Refuse` | `Farewell` | `Live` | `FellBehind` | `SyncStart` | `SyncRequest` | `SyncSeq` | `Repair` | `SyncDone` | `SyncAbort` | `Verify` | `Ping` | `Pong` | `Mark` | `CatchUp` | `CaughtUp` |
+//! |---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|
+//! | Hello | accept | accept | close | close | close | close | close | close | close | close | close | close | accept | accept | close | close | close |
+//! | CatchUp | close | close | accept | close | accept | close | close | close | close | close | close | ignore | accept | accept | close | accept | accept |
+//! | Relay | close | close | accept | accept | accept | close | close | close | close | close | close | accept | accept | accept | accept | close | close |
+//! | PreDiff | close | close | accept | accept | accept | accept | close | close | close | close | accept | ignore | accept | accept | ignore | close | close |
+//! | Diff | close | close | accept | accept | close | close | accept | accept | close | close | accept | ignore | accept | accept | ignore | close | close |
+//! | PostDiff | close | close | accept | accept | close | close | close | close | accept | accept | accept | ignore | accept | accept | ignore | close | close |
+//! | Closed | ignore | ignore | ignore | ignore | ignore | ignore | ignore | ignore | ignore | ignore | ignore | ignore | ignore | ignore | ignore | ignore | ignore |
 //!
 //! *Accept* still closes on what only a broken server says: a number of another diff, a live change
 //! that does not follow the one before it, more repairs than announced, a `Mark` elsewhere than
@@ -31,10 +34,25 @@
 //! only while nothing is missing: from a connection in the middle of a history, or a jump, until
 //! a `SyncDone`, the position is void ([`Session::position`] is `None`), and such a follower is never
 //! resumed from it. A follower that presents a position is resumed there if the server's log still has
-//! all that came since and the chains agree: then it never is void.
+//! all that came since and the chains agree: then it is void at no time, unless what it missed comes
+//! shortened.
+//!
+//! A shortened follower gets one change a key, and is nowhere until `CaughtUp`: some keys are as new
+//! as the end already, others not. Were it cut off there and resumed from where it began, the changes
+//! that were left out would take the new keys back. So its position is void meanwhile, and a cut is
+//! followed by a diff.
+//!
+//! # Held repairs
+//!
+//! A follower says with `SyncReq` how many keys the repair may delete. A server that came up empty, or with
+//! a part of its table only, would take the rest from every follower; such a diff ends as
+//! [`Output::Held`], with nothing changed. A server that sends such a repair all the same is not
+//! listened to.
 
 use std::collections::VecDeque;
 use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
 
 use crate::change::Change;
 use crate::diff::Query;
@@ -44,6 +62,7 @@ use crate::limits::{FRAME_OVERHEAD, HANDSHAKE_FRAME_BYTES, Limits};
 use crate::message::{
     AbortReason, DiffId, NAME_BYTES, Reason, TEXT_BYTES, ToClient, ToServer, Way, clip,
 };
+use crate::mutation::Mutation;
 use crate::position::{Chain, ChainTag, Digest, Epoch, Position, Revision};
 use crate::server::{Close, limits_text};
 use crate::tree::{Hash, KeyPrefix, TREE_VERSION, Tree};
@@ -86,11 +105,15 @@ pub struct Session {
     check: Option<Check>,
     heartbeat: Heartbeat,
     outputs: VecDeque<Output>,
+    #[cfg(feature = "mutations")]
+    mutation: Option<Mutation>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 enum State {
     Hello,
+    /// What was missed comes, one change a key; so far up to this revision.
+    CatchUp(Revision),
     Relay,
     /// The snapshot is taken; its root is being computed (not yet `asked`), or asked with.
     PreDiff {
@@ -104,8 +127,6 @@ enum State {
     },
     PostDiff {
         diff: Running,
-        writes_left: u64,
-        deletes_left: u64,
     },
     Closed,
 }
@@ -118,6 +139,41 @@ struct Running {
     /// What is walked.
     tree: Tree,
     counts: Counts,
+    /// More keys than these may not be deleted.
+    max_deletes: u64,
+    /// Writes and deletes, from `SyncSeq` on.
+    announced: (u64, u64),
+    /// Of these, what has not come.
+    left: (u64, u64),
+}
+
+/// How far a diff is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct Progress {
+    /// What is going on.
+    pub phase: DiffPhase,
+    /// Queries of the walk so far.
+    pub rounds: u32,
+    /// Keys repaired.
+    pub done: u64,
+    /// Keys to repair, at most: those that are updated meanwhile are left out. 0 before that is known.
+    pub total: u64,
+}
+
+/// What goes on in a diff, as the follower sees it.
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize,
+)]
+pub enum DiffPhase {
+    /// It was asked for, and waits for a place at the server.
+    #[default]
+    Queued,
+    /// What differs is looked for.
+    Walk,
+    /// Repairs come.
+    Repair,
+    /// All repairs are there; roots are compared.
+    Compare,
 }
 
 /// What a diff did to this follower.
@@ -159,7 +215,7 @@ pub enum Output {
     /// Send this.
     Send(ToServer),
     /// The handshake is through: every change behind this place will come. Diff now, unless that is
-    /// where the table stands ([`Way::Resumed`]).
+    /// where the table stands ([`Way::resumes`]).
     Connected(Position, Way),
     /// Apply these live changes; `first` is the revision of the first.
     Apply {
@@ -168,6 +224,15 @@ pub enum Output {
         /// Each with its hashes.
         changes: Vec<(Change, Digest)>,
     },
+    /// Apply these changes, one a key, of those up to this revision.
+    CatchUp {
+        /// None of them is newer.
+        revision: Revision,
+        /// Each with its hashes.
+        changes: Vec<(Change, Digest)>,
+    },
+    /// All that was missed is there.
+    CaughtUp(Revision),
     /// Apply these repairs, then [`Session::handle_repaired`].
     Repair {
         /// Of which diff.
@@ -190,7 +255,25 @@ pub enum Output {
     Root(DiffId, Tree),
     /// Snapshot the table *now* and compute the root away from everything else, then
     /// [`Session::handle_root`].
-    Mark(Revision),
+    Mark {
+        /// Where the stream stands.
+        revision: Revision,
+        /// It is the end of a diff; not one from time to time, at which the store may be looked through.
+        ends_diff: bool,
+    },
+    /// How far the diff under way is, after every step of it.
+    Progress(Progress),
+    /// A diff ended, and changed nothing: it would delete more keys than [`Session::handle_diff`] allows.
+    Held {
+        /// Which.
+        diff: DiffId,
+        /// Keys that it would have written.
+        writes: u64,
+        /// Keys that it would have deleted.
+        deletes: u64,
+        /// Keys that there were.
+        keys: u64,
+    },
     /// A diff is done, and both ends' roots at its end are known.
     DiffDone {
         /// Which.
@@ -232,6 +315,9 @@ pub enum NotNow {
     /// One is under way.
     #[error("a diff is under way already")]
     AlreadyDiffing,
+    /// Changes that were missed come first.
+    #[error("what was missed comes first")]
+    CatchingUp,
     /// There is no connection with its handshake through.
     #[error("not connected")]
     Disconnected,
@@ -260,7 +346,15 @@ impl Session {
             check: None,
             heartbeat: Heartbeat::new(heartbeat, now),
             outputs: VecDeque::from([Output::Send(hello)]),
+            #[cfg(feature = "mutations")]
+            mutation: None,
         }
+    }
+
+    /// Breaks a rule from here on, so that a test can show that it would be noticed.
+    #[cfg(feature = "mutations")]
+    pub fn mutate(&mut self, mutation: Mutation) {
+        self.mutation = Some(mutation);
     }
 
     // What comes from the peer.
@@ -296,7 +390,11 @@ impl Session {
             (State::Hello, welcome @ ToClient::Welcome { .. }) => return self.welcome(welcome),
             (State::Hello, ToClient::Refuse { reason, text })
             | (
-                State::Relay | State::PreDiff { .. } | State::Diff { .. } | State::PostDiff { .. },
+                State::CatchUp(_)
+                | State::Relay
+                | State::PreDiff { .. }
+                | State::Diff { .. }
+                | State::PostDiff { .. },
                 ToClient::Farewell { reason, text },
             ) => {
                 self.outputs.push_back(Output::Close(Close::Peer { reason, text }));
@@ -308,6 +406,9 @@ impl Session {
             }
             (state, ToClient::Pong {}) => state,
             (State::Hello, _) => return unexpected,
+            (State::CatchUp(so_far), message) => {
+                return self.catch_up(so_far, message, unexpected);
+            }
             (state, ToClient::Live { first, before, changes }) => {
                 self.follow(first, before, changes.0)?;
                 state
@@ -326,15 +427,16 @@ impl Session {
             (
                 State::PreDiff { diff, asked: true, .. }
                 | State::Diff { diff, .. }
-                | State::PostDiff { diff, .. },
+                | State::PostDiff { diff },
                 ToClient::SyncAbort { diff: id, reason },
-            ) if id == diff.id => {
+            ) if id == diff.id && reason != AbortReason::Held => {
                 self.outputs.push_back(Output::DiffAborted { diff: id, reason });
                 State::Relay
             }
             (State::PreDiff { diff, asked: true, .. }, ToClient::SyncStart { diff: id })
                 if id == diff.id =>
             {
+                self.progress(DiffPhase::Walk, &diff);
                 State::Diff { diff, answering: false }
             }
             (state @ State::Diff { .. }, message) => self.walked(state, message, unexpected)?,
@@ -374,16 +476,17 @@ impl Session {
             self.close(Reason::Limits, limits_text(theirs, &self.limits));
         } else {
             let at = Position { epoch, revision, chain };
-            if way == Way::Resumed {
+            if way.resumes() {
                 if self.presented != Some(at) {
                     let stands = self.presented.map_or(0, |at| at.revision.0);
                     let (got, revision) = ("Welcome", revision.0);
                     return Err(ProtocolError::Revision { got, revision, stands });
                 }
-                // Nothing was missing there, and everything behind it will come.
-                self.whole = true;
+                // Nothing was missing there, and everything behind it will come, in its order.
+                self.whole = way == Way::Resumed || self.breaks(Mutation::CatchUpKeepsPosition);
             }
-            self.state = State::Relay;
+            let shortened = way == Way::Shortened;
+            self.state = if shortened { State::CatchUp(revision) } else { State::Relay };
             self.stream = Some(at);
             let fits = usize::try_from(frame).unwrap_or(usize::MAX).saturating_sub(FRAME_OVERHEAD);
             self.answer_bytes = self.limits.answer_bytes.min(fits);
@@ -411,6 +514,49 @@ impl Session {
         stream.chain = changes.iter().fold(stream.chain, |chain, (_, digest)| chain.fold(digest));
         self.outputs.push_back(Output::Apply { first, changes });
         Ok(())
+    }
+
+    /// A message in a shortened catch-up.
+    fn catch_up(
+        &mut self,
+        so_far: Revision,
+        message: ToClient,
+        unexpected: Result<(), ProtocolError>,
+    ) -> Result<(), ProtocolError> {
+        if let ToClient::FellBehind { jumps, revision, chain } = message {
+            let state = State::CatchUp(so_far);
+            return self.fell_behind(state, jumps, revision, chain, unexpected);
+        }
+        let names = |got, revision: Revision| {
+            let (revision, stands) = (revision.0, so_far.0);
+            Err(ProtocolError::Revision { got, revision, stands })
+        };
+        self.state = State::CatchUp(so_far);
+        let stream = self.stream.as_mut().expect("the stream has a place since Welcome");
+        if let ToClient::CatchUp { revision, changes } = message {
+            if revision <= so_far {
+                return names("CatchUp", revision);
+            }
+            self.state = State::CatchUp(revision);
+            let changes = changes.0.into_iter().map(digested).collect();
+            self.outputs.push_back(Output::CatchUp { revision, changes });
+        } else if let ToClient::CaughtUp { revision, chain } = message {
+            if revision < so_far {
+                return names("CaughtUp", revision);
+            }
+            (stream.revision, stream.chain) = (revision, chain);
+            self.whole = !self.refused;
+            self.state = State::Relay;
+            self.outputs.push_back(Output::CaughtUp(revision));
+        } else if !matches!(message, ToClient::Verify { .. }) {
+            // No root is of a mark that was taken here.
+            return unexpected;
+        }
+        Ok(())
+    }
+
+    fn progress(&mut self, phase: DiffPhase, diff: &Running) {
+        self.outputs.push_back(Output::Progress(diff.progress(phase)));
     }
 
     fn fell_behind(
@@ -441,8 +587,8 @@ impl Session {
                 State::Relay
             }
             // One that was asked for before the jump was known will be refused.
+            State::CatchUp(_) | State::Relay => State::Relay,
             State::Hello
-            | State::Relay
             | State::PreDiff { .. }
             | State::Diff { .. }
             | State::PostDiff { .. }
@@ -465,6 +611,7 @@ impl Session {
             ) if id == diff.id => {
                 query.paths()?;
                 diff.counts.rounds += 1;
+                self.progress(DiffPhase::Walk, &diff);
                 let tree = diff.tree.clone();
                 let max_bytes = self.answer_bytes;
                 self.outputs.push_back(Output::Answer { diff: id, tree, query, max_bytes });
@@ -475,7 +622,9 @@ impl Session {
                 ToClient::SyncSeq { diff: id, writes, deletes },
             ) if id == diff.id => {
                 diff.counts.rounds = diff.counts.rounds.max(1);
-                Ok(State::PostDiff { diff, writes_left: writes, deletes_left: deletes })
+                (diff.announced, diff.left) = ((writes, deletes), (writes, deletes));
+                self.progress(DiffPhase::Repair, &diff);
+                Ok(State::PostDiff { diff })
             }
             (state, _) => unexpected.map(|()| state),
         }
@@ -490,48 +639,26 @@ impl Session {
     ) -> Result<State, ProtocolError> {
         match (state, message) {
             (
-                State::PostDiff { mut diff, writes_left, deletes_left },
+                State::PostDiff { mut diff },
                 ToClient::Repair { diff: id, writes, prefix_bytes, deletes: Raw(deletes) },
             ) if id == diff.id => {
-                let broken = |why| ProtocolError::Repair { why };
-                let writes = writes.0;
-                let width = usize::from(prefix_bytes);
-                if width == 0 {
-                    return Err(broken("its prefixes have no bytes"));
-                }
-                let prefixes = (deletes.len() / width) as u64;
-                let left = (
-                    writes_left.checked_sub(writes.len() as u64),
-                    deletes_left.checked_sub(prefixes),
-                );
-                let (Some(writes_left), Some(deletes_left)) = left else {
-                    return Err(broken("there are more repairs than announced"));
-                };
-                if writes.iter().any(|change| change.value().is_none()) {
-                    return Err(broken("a repair deletes a key by its name"));
-                }
-                if !deletes.len().is_multiple_of(width) {
-                    return Err(broken("the prefixes of a repair do not fill their bytes"));
-                }
-                diff.counts.written += writes.len() as u64;
-                let mut changes: Vec<_> = writes.into_iter().map(digested).collect();
-                for prefix in deletes.chunks_exact(width) {
-                    let prefix = KeyPrefix::new(prefix)
-                        .ok_or(broken("a prefix is longer than a key's hash"))?;
-                    // Of the snapshot that was walked, not of the table as it is now.
-                    changes.extend(diff.tree.get_prefix(prefix).map(|entry| {
-                        let key = bytes::Bytes::copy_from_slice(entry.key());
-                        diff.counts.deleted += 1;
-                        (Change::Delete { key }, Digest { key: *entry.key_hash(), entry: None })
-                    }));
-                }
+                let changes = diff.repairs(writes.0, usize::from(prefix_bytes), &deletes)?;
                 self.outputs.push_back(Output::Repair { diff: id, changes });
-                Ok(State::PostDiff { diff, writes_left, deletes_left })
+                Ok(State::PostDiff { diff })
             }
             (
-                State::PostDiff { mut diff, .. },
+                State::PostDiff { diff },
+                ToClient::SyncAbort { diff: id, reason: AbortReason::Held },
+            ) if id == diff.id && diff.is_held() => {
+                let (writes, deletes) = diff.announced;
+                let keys = diff.tree.len() as u64;
+                self.outputs.push_back(Output::Held { diff: id, writes, deletes, keys });
+                Ok(State::Relay)
+            }
+            (
+                State::PostDiff { mut diff },
                 ToClient::SyncDone { diff: id, revision, chain, suppressed, failed },
-            ) if id == diff.id => {
+            ) if id == diff.id && !diff.is_held() => {
                 let stream = self.stream.as_ref().expect("the stream has a place since Welcome");
                 if revision != stream.revision {
                     let (got, stands) = ("SyncDone", stream.revision.0);
@@ -544,9 +671,10 @@ impl Session {
                 self.whole = diff.counts.failed.saturating_add(failed) == 0 && !self.refused;
                 diff.counts.suppressed = suppressed;
                 diff.counts.failed = diff.counts.failed.saturating_add(failed);
+                self.progress(DiffPhase::Compare, &diff);
                 let of = Some((diff.id, diff.counts));
                 self.check = Some(Check { of, mark: revision, ours: None, theirs: None });
-                self.outputs.push_back(Output::Mark(revision));
+                self.outputs.push_back(Output::Mark { revision, ends_diff: true });
                 Ok(State::Relay)
             }
             (state, _) => unexpected.map(|()| state),
@@ -573,7 +701,7 @@ impl Session {
         }
         if self.whole && !self.is_comparing() && *state == State::Relay {
             self.check = Some(Check { of: None, mark: revision, ours: None, theirs: None });
-            self.outputs.push_back(Output::Mark(revision));
+            self.outputs.push_back(Output::Mark { revision, ends_diff: false });
         }
         Ok(())
     }
@@ -598,23 +726,31 @@ impl Session {
     // What comes from the client.
 
     /// Begins a diff of this snapshot of the table as it is now. `full` compares full-width hashes,
-    /// as after a mismatch.
+    /// as after a mismatch. A repair that would delete more keys than `max_deletes` is held.
     ///
     /// # Errors
-    /// If one is under way (until its report is out), or there is no connection.
-    pub fn handle_diff(&mut self, tree: Tree, full: bool) -> Result<DiffId, NotNow> {
+    /// If one is under way (until its report is out), what was missed has not come yet, or there is no
+    /// connection.
+    pub fn handle_diff(
+        &mut self,
+        tree: Tree,
+        full: bool,
+        max_deletes: u64,
+    ) -> Result<DiffId, NotNow> {
         match self.state {
             State::Relay if !self.is_comparing() => self.check = None,
             State::Relay | State::PreDiff { .. } | State::Diff { .. } | State::PostDiff { .. } => {
                 return Err(NotNow::AlreadyDiffing);
             }
+            State::CatchUp(_) => return Err(NotNow::CatchingUp),
             State::Hello | State::Closed => return Err(NotNow::Disconnected),
         }
         self.last_diff = DiffId(self.last_diff.0.wrapping_add(1));
         let id = self.last_diff;
         self.refused = false;
         self.outputs.push_back(Output::Root(id, tree.clone()));
-        let diff = Running { id, full, tree, counts: Counts::default() };
+        let (counts, announced, left) = (Counts::default(), (0, 0), (0, 0));
+        let diff = Running { id, full, tree, counts, max_deletes, announced, left };
         self.state = State::PreDiff { diff, asked: false, jumps: self.jumps };
         Ok(id)
     }
@@ -628,9 +764,12 @@ impl Session {
                     && !*asked
                 {
                     *asked = true;
-                    let (full, len) = (diff.full, diff.tree.len() as u64);
-                    let request = ToServer::SyncReq { diff: id, jumps: *jumps, full, root, len };
+                    let (full, len, jumps) = (diff.full, diff.tree.len() as u64, *jumps);
+                    let max_deletes = diff.max_deletes;
+                    let request =
+                        ToServer::SyncReq { diff: id, jumps, full, root, len, max_deletes };
                     self.outputs.push_back(Output::Send(request));
+                    self.outputs.push_back(Output::Progress(diff.progress(DiffPhase::Queued)));
                 }
             }
             RootOf::Mark(revision) => {
@@ -666,6 +805,7 @@ impl Session {
             at.counts.written = at.counts.written.saturating_sub(u64::from(refused_writes));
             at.counts.deleted = at.counts.deleted.saturating_sub(u64::from(refused_deletes));
             at.counts.failed += u64::from(failed);
+            self.outputs.push_back(Output::Progress(at.progress(DiffPhase::Repair)));
         }
         self.outputs.push_back(Output::Send(ToServer::RepairAck { diff, failed }));
     }
@@ -730,7 +870,12 @@ impl Session {
         self.check.as_ref().is_some_and(|check| check.of.is_some())
     }
 
-    /// Where the stream stands; `None` before the handshake is through.
+    /// Whether what was missed is still coming, one change a key.
+    pub fn is_catching_up(&self) -> bool {
+        matches!(self.state, State::CatchUp(_))
+    }
+
+    /// Where the stream stands, or stood when a shortened catch-up began; `None` before the handshake is through.
     pub fn stream(&self) -> Option<Position> {
         self.stream
     }
@@ -749,10 +894,88 @@ impl Session {
     pub fn max_frame_bytes(&self) -> usize {
         match self.state {
             State::Hello | State::Closed => HANDSHAKE_FRAME_BYTES,
-            State::Relay | State::PreDiff { .. } | State::Diff { .. } | State::PostDiff { .. } => {
-                self.limits.frame_bytes
+            State::CatchUp(_)
+            | State::Relay
+            | State::PreDiff { .. }
+            | State::Diff { .. }
+            | State::PostDiff { .. } => self.limits.frame_bytes,
+        }
+    }
+
+    #[cfg_attr(not(feature = "mutations"), allow(clippy::unused_self, reason = "one shape"))]
+    fn breaks(&self, rule: Mutation) -> bool {
+        #[cfg(feature = "mutations")]
+        return self.mutation == Some(rule);
+        #[cfg(not(feature = "mutations"))]
+        {
+            let _: Mutation = rule;
+            false
+        }
+    }
+}
+
+impl Running {
+    fn progress(&self, phase: DiffPhase) -> Progress {
+        let Counts { rounds, written, deleted, failed, .. } = self.counts;
+        let (writes, deletes) = self.announced;
+        let done = written.saturating_add(deleted).saturating_add(failed);
+        let total = writes.saturating_add(deletes);
+        // A prefix may stand for several keys.
+        Progress { phase, rounds, done: done.min(total), total }
+    }
+
+    /// The server has announced more deletes than are allowed.
+    fn is_held(&self) -> bool {
+        self.announced.1 > self.max_deletes
+    }
+
+    /// What a `Repair` makes of the table.
+    fn repairs(
+        &mut self,
+        writes: Vec<Change>,
+        width: usize,
+        deletes: &[u8],
+    ) -> Result<Vec<(Change, Digest)>, ProtocolError> {
+        let broken = |why| ProtocolError::Repair { why };
+        let held = broken("it deletes more keys than are allowed");
+        if width == 0 {
+            return Err(broken("its prefixes have no bytes"));
+        }
+        if self.is_held() {
+            return Err(held);
+        }
+        let prefixes = (deletes.len() / width) as u64;
+        let (writes_left, deletes_left) = self.left;
+        let left =
+            (writes_left.checked_sub(writes.len() as u64), deletes_left.checked_sub(prefixes));
+        let (Some(writes_left), Some(deletes_left)) = left else {
+            return Err(broken("there are more repairs than announced"));
+        };
+        self.left = (writes_left, deletes_left);
+        if writes.iter().any(|change| change.value().is_none()) {
+            return Err(broken("a repair deletes a key by its name"));
+        }
+        if !deletes.len().is_multiple_of(width) {
+            return Err(broken("the prefixes of a repair do not fill their bytes"));
+        }
+        self.counts.written += writes.len() as u64;
+        let mut changes: Vec<_> = writes.into_iter().map(digested).collect();
+        for prefix in deletes.chunks_exact(width) {
+            let prefix =
+                KeyPrefix::new(prefix).ok_or(broken("a prefix is longer than a key's hash"))?;
+            // Of the snapshot that was walked, not of the table as it is now.
+            changes.extend(self.tree.get_prefix(prefix).map(|entry| {
+                let key = bytes::Bytes::copy_from_slice(entry.key());
+                self.counts.deleted += 1;
+                (Change::Delete { key }, Digest { key: *entry.key_hash(), entry: None })
+            }));
+            // Keys whose hashes begin alike are one prefix for the server; such keys are rare.
+            let most = self.max_deletes.saturating_add(self.max_deletes / 8 + 16);
+            if self.counts.deleted > most {
+                return Err(held);
             }
         }
+        Ok(changes)
     }
 }
 
@@ -760,6 +983,7 @@ impl State {
     fn name(&self) -> &'static str {
         match self {
             Self::Hello => "Hello",
+            Self::CatchUp(_) => "CatchUp",
             Self::Relay => "Relay",
             Self::PreDiff { .. } => "PreDiff",
             Self::Diff { .. } => "Diff",

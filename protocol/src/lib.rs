@@ -57,12 +57,12 @@ pub use change::{Change, Key, Value};
 pub use error::{DecodeError, ProtocolError};
 pub use heartbeat::HeartbeatConfig;
 pub use limits::{HANDSHAKE_FRAME_BYTES, LimitError, Limits, MAX_CHANGES};
-pub use log::{Checkpoint, Chunk, FollowerId, Log, Next};
+pub use log::{Checkpoint, Chunk, FollowerId, Log, Missed, Next, Shortened};
 pub use message::{AbortReason, DiffId, Reason, ToClient, ToServer, Way};
 #[cfg(feature = "mutations")]
 pub use mutation::Mutation;
 pub use position::{Chain, ChainTag, Digest, Epoch, Position, Revision};
-pub use replica::Replica;
+pub use replica::{Correction, Replica, scrub};
 pub use store::{MemoryStore, Reader, Store, StoreError};
 pub use table::{Table, Values, WriteError};
 pub use tree::{Entry, Hash, KeyHash, KeyPrefix, Tree};

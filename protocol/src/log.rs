@@ -1,7 +1,8 @@
 //! The server's retained tail of recent changes: the queue of every follower at once.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, HashSet, VecDeque};
 use std::sync::Arc;
+use std::time::Duration;
 
 use bytes::Bytes;
 
@@ -41,7 +42,8 @@ impl Chunk {
 /// tail: [`Log::at`] says [`Next::Fell`].
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Log {
-    chunks: VecDeque<Chunk>,
+    /// Each with the time at which it was appended.
+    chunks: VecDeque<(Chunk, Duration)>,
     bytes: usize,
     max_bytes: usize,
     head: Revision,
@@ -92,18 +94,19 @@ impl Log {
         }
     }
 
-    /// Appends what follows the head; `chain` is the chain behind it.
+    /// Appends what follows the head; `chain` is the chain behind it, `now` is counted from whatever the
+    /// caller likes.
     ///
     /// # Panics
     /// If the chunk does not follow the head: a gap in the log would be a gap in every table.
-    pub fn push(&mut self, chunk: Chunk, chain: Chain) {
+    pub fn push(&mut self, chunk: Chunk, chain: Chain, now: Duration) {
         assert_eq!(chunk.first, self.head.next(), "a chunk follows the head of the log");
         self.head = self.head.plus(chunk.keys.len() as u64);
         self.chain = chain;
         self.bytes += chunk.bytes();
-        self.chunks.push_back(chunk);
+        self.chunks.push_back((chunk, now));
         while self.bytes > self.max_bytes && self.chunks.len() > 1 {
-            self.bytes -= self.chunks.pop_front().map_or(0, |chunk| chunk.bytes());
+            self.bytes -= self.chunks.pop_front().map_or(0, |(chunk, _)| chunk.bytes());
         }
     }
 
@@ -119,7 +122,7 @@ impl Log {
 
     /// The revision of the oldest change that is still there; the one behind the head if none is.
     pub fn tail(&self) -> Revision {
-        self.chunks.front().map_or(self.head.next(), |chunk| chunk.first)
+        self.chunks.front().map_or(self.head.next(), |(chunk, _)| chunk.first)
     }
 
     /// Bytes kept: frames and key hashes.
@@ -189,10 +192,148 @@ impl Log {
         if cursor > self.head {
             return Next::End;
         }
-        let index = self.chunks.partition_point(|chunk| chunk.first < cursor);
-        match self.chunks.get(index) {
-            Some(chunk) if chunk.first == cursor => Next::Chunk(chunk),
+        match self.chunks.get(self.index(cursor)) {
+            Some((chunk, _)) if chunk.first == cursor => Next::Chunk(chunk),
             Some(_) | None => Next::Fell,
         }
+    }
+
+    /// The chunk that this change is in, if it is still there. O(log n).
+    pub fn holding(&self, revision: Revision) -> Option<&Chunk> {
+        let behind = self.index(revision.next());
+        let (chunk, _) = self.chunks.get(behind.checked_sub(1)?)?;
+        (revision < chunk.end()).then_some(chunk)
+    }
+
+    /// The first chunk that does not begin before `cursor`.
+    fn index(&self, cursor: Revision) -> usize {
+        self.chunks.partition_point(|(chunk, _)| chunk.first < cursor)
+    }
+
+    /// When the oldest change that a cursor has not read was appended, as far as the log knows it;
+    /// `None` if everything has been read. O(log n).
+    pub fn waiting_since(&self, cursor: Revision) -> Option<Duration> {
+        if cursor > self.head {
+            return None;
+        }
+        let oldest = self.chunks.get(self.index(cursor)).or_else(|| self.chunks.front());
+        oldest.map(|(_, at)| *at)
+    }
+
+    /// What a follower at this place missed: the keys of all changes behind it. Copies a pointer a
+    /// chunk.
+    pub fn missed(&self, behind: Revision) -> Missed {
+        let chunks = self.chunks.range(self.index(behind.next())..);
+        Missed {
+            first: behind.next(),
+            keys: chunks.map(|(chunk, _)| Arc::clone(&chunk.keys)).collect(),
+            chain: self.chain,
+        }
+    }
+}
+
+/// The keys of consecutive changes, in the log at one moment, up to its head.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Missed {
+    first: Revision,
+    keys: Vec<Arc<[KeyHash]>>,
+    chain: Chain,
+}
+
+/// Which of the changes that a follower missed still count: one a key, the last.
+///
+/// Kept as a bit a change, whatever their keys. What is left out is superseded by what is not, so a
+/// follower that gets all that is left is where one is that got everything; in between it is nowhere.
+///
+/// ```
+/// use std::time::Duration;
+/// use tablecast_protocol::{
+///     Change, Chain, Epoch, Limits, Log, MemoryStore, Revision, Shortened, Table,
+/// };
+///
+/// let mut table = Table::open(MemoryStore::new(), Limits::default()).unwrap();
+/// table.ready(Epoch::from_bytes([1; 16]));
+/// table.write(&[Change::write("a", "1"), Change::write("b", "1"), Change::delete("a")]).unwrap();
+/// table.seal();
+/// let mut log = Log::new(1 << 20, Revision::ZERO, Chain::START);
+/// let (chunk, chain) = table.next_chunk().unwrap();
+/// log.push(chunk, chain, Duration::ZERO);
+/// let shortened = Shortened::of(&log.missed(Revision::ZERO));
+/// assert_eq!(shortened.dropped(), 1);
+/// assert!(!shortened.counts(Revision(1)) && shortened.counts(Revision(3)));
+/// ```
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Shortened {
+    first: Revision,
+    /// Bit n is about the change at `first` and n.
+    counts: Box<[u64]>,
+    dropped: u64,
+    /// The last change, and the chain there.
+    last: Revision,
+    chain: Chain,
+}
+
+impl Missed {
+    /// How many changes there are.
+    pub fn changes(&self) -> usize {
+        self.keys.iter().map(|keys| keys.len()).sum()
+    }
+}
+
+impl Shortened {
+    /// Finds the last change of every key: about 50 ns a change. It takes 20 bytes a key meanwhile.
+    ///
+    /// Keys are told apart by their hashes. Two that collide (2^64 tries by whoever chooses keys) would
+    /// make one of them be left out; comparing roots finds that.
+    pub fn of(missed: &Missed) -> Self {
+        let changes = missed.changes();
+        let mut counts = vec![0_u64; changes.div_ceil(64)].into_boxed_slice();
+        let mut seen = HashSet::new();
+        let newest_first = missed.keys.iter().rev().flat_map(|keys| keys.iter().rev());
+        for (key, index) in newest_first.zip((0..changes).rev()) {
+            if seen.insert(key)
+                && let Some(word) = counts.get_mut(index / 64)
+            {
+                *word |= 1 << (index % 64);
+            }
+        }
+        Self {
+            first: missed.first,
+            counts,
+            dropped: (changes - seen.len()) as u64,
+            last: Revision(missed.first.0 + changes as u64 - 1),
+            chain: missed.chain,
+        }
+    }
+
+    /// How many changes are left out.
+    pub fn dropped(&self) -> u64 {
+        self.dropped
+    }
+
+    /// Whether the change at this revision is the last of its key.
+    pub fn counts(&self, revision: Revision) -> bool {
+        let index = revision.0.checked_sub(self.first.0).and_then(|n| usize::try_from(n).ok());
+        let word = index.and_then(|index| Some((self.counts.get(index / 64)?, index % 64)));
+        word.is_some_and(|(word, bit)| word >> bit & 1 == 1)
+    }
+
+    /// The first change from this revision on that counts.
+    pub fn next(&self, from: Revision) -> Option<Revision> {
+        let from = usize::try_from(from.0.saturating_sub(self.first.0)).ok()?;
+        let mut mask = u64::MAX << (from % 64);
+        for (word, bits) in self.counts.iter().enumerate().skip(from / 64) {
+            let bits = bits & mask;
+            if bits != 0 {
+                return Some(self.first.plus(64 * word as u64 + u64::from(bits.trailing_zeros())));
+            }
+            mask = u64::MAX;
+        }
+        None
+    }
+
+    /// Where it ends: the last change, and the chain there.
+    pub fn end(&self) -> (Revision, Chain) {
+        (self.last, self.chain)
     }
 }

@@ -128,6 +128,8 @@ messages! {
             root: Hash,
             /// How many keys it has.
             len: u64,
+            /// Abort as `Held` what would delete more keys than these.
+            max_deletes: u64,
         }
         /// What is at the nodes of the last `SyncRequest`, or at the first of them.
         2 SyncResponse {
@@ -291,6 +293,21 @@ messages! {
             /// Where the stream stands.
             revision: Revision,
         }
+        /// What you missed, one change a key: of the changes up to this revision those that come next
+        /// and whose key does not change again before `CaughtUp`.
+        15 CatchUp {
+            /// The last of the changes that this frame is about.
+            revision: Revision,
+            /// Those of them that count.
+            changes: Changes,
+        }
+        /// That was all that you missed: the stream stands here, and goes on live.
+        16 CaughtUp {
+            /// Where the stream stands.
+            revision: Revision,
+            /// The chain there.
+            chain: Chain,
+        }
     }
 }
 
@@ -304,12 +321,27 @@ macro_rules! codes {
 
         impl Serialize for $name {
             fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+                // Where people read it, in JSON most of all, it is its name.
+                if serializer.is_human_readable() {
+                    return serializer.serialize_str(match self {
+                        $( Self::$variant => stringify!($variant), )*
+                    });
+                }
                 serializer.serialize_u8(match self { $( Self::$variant => $code, )* })
             }
         }
 
         impl<'de> Deserialize<'de> for $name {
             fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+                if deserializer.is_human_readable() {
+                    let name = String::deserialize(deserializer)?;
+                    return match name.as_str() {
+                        $( stringify!($variant) => Ok(Self::$variant), )*
+                        other => Err(de::Error::custom(format_args!(
+                            concat!("unknown ", stringify!($name), " {:?}"), other
+                        ))),
+                    };
+                }
                 match u8::deserialize(deserializer)? {
                     $( $code => Ok(Self::$variant), )*
                     code => {
@@ -370,6 +402,8 @@ codes! {
         4 Busy
         /// nothing happened in the diff for too long
         5 Stalled
+        /// the repair would delete more keys than the follower allows
+        6 Held
     }
 }
 
@@ -399,6 +433,15 @@ codes! {
         4 OtherChain
         /// diff: the position is ahead of this history
         5 Ahead
+        /// resumed where the follower's position stands, with one change a key
+        6 Shortened
+    }
+}
+
+impl Way {
+    /// Whether it begins where the follower's position stands, so that no diff is needed.
+    pub fn resumes(self) -> bool {
+        matches!(self, Self::Resumed | Self::Shortened)
     }
 }
 
@@ -445,6 +488,7 @@ impl Message for ToClient {
         match self {
             Self::Live { changes, .. } => check_pairs(&changes.0, limits),
             Self::Repair { writes, .. } => check_pairs(&writes.0, limits),
+            Self::CatchUp { changes, .. } => check_pairs(&changes.0, limits),
             Self::Welcome { .. }
             | Self::Refuse { .. }
             | Self::Farewell { .. }
@@ -456,6 +500,7 @@ impl Message for ToClient {
             | Self::SyncAbort { .. }
             | Self::Verify { .. }
             | Self::Mark { .. }
+            | Self::CaughtUp { .. }
             | Self::Ping {}
             | Self::Pong {} => Ok(()),
         }

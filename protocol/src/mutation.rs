@@ -17,4 +17,6 @@ pub enum Mutation {
     StaleDiffer,
     /// Go on with a diff although the stream jumped.
     JumpKeepsDiff,
+    /// Keep the position while a shortened catch-up runs.
+    CatchUpKeepsPosition,
 }

@@ -127,15 +127,33 @@ pub struct Position {
     pub chain: Chain,
 }
 
-// An array, and nothing else: a derived reader would take a map with the fields' names as well.
+/// A position as people read it.
+#[derive(Serialize, Deserialize)]
+#[serde(rename = "Position")]
+struct Named {
+    epoch: Epoch,
+    revision: Revision,
+    chain: Chain,
+}
+
+// On the wire an array, and nothing else: a derived reader would take a map with the fields' names as
+// well.
 impl Serialize for Position {
     fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        (self.epoch, self.revision, self.chain).serialize(serializer)
+        let Self { epoch, revision, chain } = *self;
+        if serializer.is_human_readable() {
+            return Named { epoch, revision, chain }.serialize(serializer);
+        }
+        (epoch, revision, chain).serialize(serializer)
     }
 }
 
 impl<'de> Deserialize<'de> for Position {
     fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        if deserializer.is_human_readable() {
+            let Named { epoch, revision, chain } = Named::deserialize(deserializer)?;
+            return Ok(Self { epoch, revision, chain });
+        }
         let (epoch, revision, chain) = Deserialize::deserialize(deserializer)?;
         Ok(Self { epoch, revision, chain })
     }

@@ -3,11 +3,11 @@
 use std::fmt;
 use std::sync::Arc;
 
-use crate::change::Change;
+use crate::change::{Change, Key, Value};
 use crate::position::Digest;
 use crate::store::{Reader, Store, StoreError};
 use crate::table::{apply_to_tree, build};
-use crate::tree::Tree;
+use crate::tree::{Entry, Hash, KeyHash, Tree};
 
 /// What the client owns, without the actor.
 ///
@@ -53,6 +53,17 @@ impl Replica {
         Ok(())
     }
 
+    /// Puts into the tree what the store holds at this key, whatever the tree said.
+    ///
+    /// # Errors
+    /// If the store cannot be read.
+    pub fn look_up(&mut self, key: &[u8]) -> Result<(), StoreError> {
+        let value = self.reader.get(key)?;
+        let entry = value.map(|value| Hash::of_entry(key, &value));
+        apply_to_tree(&mut self.tree, key, &Digest { key: KeyHash::of(key), entry });
+        Ok(())
+    }
+
     /// The tree as it is. Clone it for a snapshot: O(1).
     pub fn tree(&self) -> &Tree {
         &self.tree
@@ -68,4 +79,66 @@ impl fmt::Debug for Replica {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Replica").field("len", &self.tree.len()).finish_non_exhaustive()
     }
+}
+
+/// A key whose value is not what the tree says, and what it is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Correction {
+    /// The key.
+    pub key: Key,
+    /// Its entry in the store; `None` if it has none.
+    pub entry: Option<Entry>,
+}
+
+/// Compares a tree with what the store holds, at one moment: what was changed behind the table's back.
+/// Answers at most `max` keys.
+///
+/// Roots are computed from the tree, so they do not notice what happens to values in the store. This
+/// is the scrub of storage systems. Costs a hash of every value and 8 bytes of memory a key.
+///
+/// ```
+/// use tablecast_protocol::{Change, MemoryStore, Reader, Replica, Store, scrub};
+///
+/// let mut store = MemoryStore::new();
+/// let mut replica = Replica::open(store.clone()).unwrap();
+/// replica.apply(&Change::write("colour", "blue")).unwrap();
+/// store.apply(&[Change::write("colour", "red")]).unwrap();
+/// let found = scrub(replica.tree(), store.snapshot(), 10).unwrap();
+/// assert_eq!(found.len(), 1);
+/// ```
+///
+/// # Errors
+/// If the store cannot be read.
+pub fn scrub(
+    tree: &Tree,
+    entries: impl Iterator<Item = Result<(Key, Value), StoreError>>,
+    max: usize,
+) -> Result<Vec<Correction>, StoreError> {
+    let mut found = Vec::new();
+    let mut seen = Vec::with_capacity(tree.len());
+    for entry in entries {
+        let (key, value) = entry?;
+        let entry = Entry::new(&key, &value);
+        let expected = tree.get_hashed(entry.key_hash(), &key);
+        if expected.is_some() {
+            seen.push(first_bits(entry.key_hash()));
+        }
+        if expected.map(Entry::hash) != Some(entry.hash()) && found.len() < max {
+            found.push(Correction { key, entry: Some(entry) });
+        }
+    }
+    if seen.len() < tree.len() {
+        seen.sort_unstable();
+        let gone =
+            tree.iter().filter(|entry| seen.binary_search(&first_bits(entry.key_hash())).is_err());
+        let key = |entry: &Entry| Key::copy_from_slice(entry.key());
+        let room = max.saturating_sub(found.len());
+        found.extend(gone.take(room).map(|entry| Correction { key: key(entry), entry: None }));
+    }
+    Ok(found)
+}
+
+/// Tells keys apart well enough: two that collide hide one that is gone, until the next diff.
+fn first_bits(hash: &KeyHash) -> u64 {
+    hash.as_bytes().first_chunk().copied().map_or(0, u64::from_be_bytes)
 }

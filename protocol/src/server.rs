@@ -3,8 +3,9 @@
 //! ```text
 //!           Hello                  subscribed               SyncReq
 //!   Hello ───────── Subscribing ────────────── Relay ─────────────────── Diff
-//!                                                ^                        │
-//!                                                └── SyncDone, SyncAbort ─┘
+//!                        │                     ^   ^                      │
+//!              shortened └─ CatchUp ───────────┘   └ SyncDone, SyncAbort ─┘
+//!                              CaughtUp, FellBehind
 //!   any state ── Refuse, Farewell, a message that must not come ── Closed
 //! ```
 //!
@@ -12,6 +13,7 @@
 //! |---|---|---|---|---|---|---|---|---|
 //! | Hello | accept | close | close | close | close | close | close | close |
 //! | Subscribing | close | close | close | close | close | accept | accept | accept |
+//! | CatchUp | close | close | close | close | close | accept | accept | accept |
 //! | Relay | close | accept | ignore | accept | accept | accept | accept | accept |
 //! | Diff | close | close | accept | accept | close | accept | accept | accept |
 //! | Closed | ignore | ignore | ignore | ignore | ignore | ignore | ignore | ignore |
@@ -57,18 +59,19 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
+use serde::{Deserialize, Serialize};
 
 use crate::diff::{Answer, Difference, Step};
 use crate::error::{DecodeError, ProtocolError};
 use crate::heartbeat::{Beat, Heartbeat, HeartbeatConfig};
 use crate::limits::Limits;
-use crate::log::{Chunk, FollowerId, Log, Next};
+use crate::log::{Chunk, FollowerId, Log, Missed, Next, Shortened};
 use crate::message::{AbortReason, DiffId, Reason, TEXT_BYTES, ToClient, ToServer, Way, clip};
 use crate::mutation::Mutation;
 use crate::position::{Position, Revision};
 use crate::table::Values;
 use crate::tree::{Hash, KeyHash, KeyPrefix, TREE_VERSION, Tree};
-use crate::wire::{Changes, Message, Raw, VERSION};
+use crate::wire::{self, Changes, HEADER_BYTES, Message, Raw, VERSION};
 use crate::{Change, limits};
 
 /// What a server's sessions are set to. All of one server have the same.
@@ -84,6 +87,9 @@ pub struct SessionConfig {
     pub repair_window: u32,
     /// Most keys updated during one diff that are remembered: 1 Mi, about 40 MB. One more aborts it.
     pub updated_keys: usize,
+    /// Most changes of which a follower that comes back is sent one a key: 256 Ki, for 32 KiB of memory a
+    /// follower. One that missed more is sent all of them. 0 is never.
+    pub shorten_changes: usize,
     /// How long a diff that runs may go without an answer, an acknowledgement, or room for a repair:
     /// 30 s. Then it is aborted, so that others have its place.
     pub diff_stall: Duration,
@@ -98,6 +104,7 @@ impl Default for SessionConfig {
             repair_bytes: 64 << 10,
             repair_window: 2,
             updated_keys: 1 << 20,
+            shorten_changes: 256 << 10,
             diff_stall: Duration::from_secs(30),
             heartbeat: HeartbeatConfig::default(),
         }
@@ -107,6 +114,10 @@ impl Default for SessionConfig {
 /// Most control messages that wait to be sent before nothing more is read: what bounds them, for a
 /// peer that asks and does not read.
 pub(crate) const MAX_CONTROL: usize = 16;
+
+/// Changes that leaving out must spare, for a shortened catch-up to be fewer bytes: a change is 3 bytes at
+/// the least, and what ends the catch-up is of 41.
+const WORTH_SHORTENING: u64 = 14;
 
 /// Most checkpoints that are not answered; then no further ones are marked.
 const MAX_CHECKING: usize = 8;
@@ -134,7 +145,7 @@ const MAX_CHECKING: usize = 8;
 /// assert!(matches!(session.poll_event(), Some(Event::Subscribe { .. })));
 /// let epoch = Epoch::from_bytes([1; 16]);
 /// let at = Position { epoch, revision: log.head(), chain: log.chain() };
-/// session.handle_subscribed(at, Way::NoPosition);
+/// session.handle_subscribed(at, Way::NoPosition, log.missed(at.revision));
 /// assert!(matches!(
 ///     session.poll_transmit(&log),
 ///     Some(Transmit::Message(ToClient::Welcome { revision: Revision(9), .. }))
@@ -148,8 +159,8 @@ pub struct Session {
     state: State,
     /// The next change that goes on the wire.
     cursor: Revision,
-    /// Welcome has been said: the end of the connection is a farewell, no refusal.
-    welcomed: bool,
+    /// What Welcome said; from then on the end of the connection is a farewell, no refusal.
+    way: Option<Way>,
     /// To be closed at the end of the log.
     stopping: bool,
     /// How often the cursor fell off the log.
@@ -181,7 +192,10 @@ pub struct Session {
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 enum State {
     Hello,
-    Subscribing,
+    /// With the follower's place, while what it missed is shortened.
+    Subscribing(Option<Position>),
+    /// What it missed is sent, one change a key.
+    CatchUp(Shortened),
     Relay,
     Diff(Box<Diff>),
     Closed,
@@ -193,6 +207,8 @@ struct Diff {
     full: bool,
     root: Hash,
     len: u64,
+    max_deletes: u64,
+    served: Served,
     recording: bool,
     /// Hashes of the keys of all live changes put on the wire while recording.
     updated: BTreeSet<KeyHash>,
@@ -239,6 +255,9 @@ pub enum Event {
         /// What it presents.
         position: Option<Position>,
     },
+    /// Find out which changes count ([`Shortened::of`]) away from everything else, then
+    /// [`Session::handle_shortened`].
+    Shorten(Missed),
     /// Ask for a place to run a diff, then [`Session::handle_admitted`] or [`Session::handle_busy`].
     Admit(DiffId),
     /// Take a snapshot of the server's tree, then [`Session::handle_snapshot`].
@@ -279,6 +298,8 @@ pub enum Event {
         diff: DiffId,
         /// `None` if it was done.
         aborted: Option<AbortReason>,
+        /// What was found and sent.
+        served: Served,
     },
     /// Compute the root of this tree away from everything else, then [`Session::handle_root`].
     Root(Revision, Tree),
@@ -293,6 +314,21 @@ pub enum Event {
     FellBehind(Revision),
     /// Send what [`Session::poll_transmit`] still has, then close.
     Close(Close),
+}
+
+/// What a diff was for the server.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct Served {
+    /// Queries of the walk that waited for an answer.
+    pub rounds: u32,
+    /// Keys to write, as the walk found them.
+    pub writes: u64,
+    /// Prefixes to delete at, as the walk found them.
+    pub deletes: u64,
+    /// Keys that were left out because they were updated meanwhile.
+    pub suppressed: u64,
+    /// Keys that could not be read.
+    pub failed: u64,
 }
 
 /// Why a connection ends. For a log and for people.
@@ -323,6 +359,34 @@ pub enum Transmit {
     Live(Bytes),
     /// A message, to be encoded.
     Message(ToClient),
+    /// A frame of the log of which not all is needed, to be encoded again.
+    Part(Part),
+}
+
+/// A frame of the log, and which of its changes count.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Part {
+    revision: Revision,
+    frame: Bytes,
+    counts: Vec<bool>,
+}
+
+impl Part {
+    /// The message that goes on the wire. Decodes the frame, so not while others wait for the log.
+    ///
+    /// # Panics
+    /// If the frame is no frame of a log.
+    pub fn message(self, limits: &Limits) -> ToClient {
+        let payload = self.frame.get(HEADER_BYTES..).unwrap_or_default();
+        let ToClient::Live { changes: Changes(mut changes), .. } =
+            wire::decode(payload, limits).expect("the log holds what was encoded for it")
+        else {
+            unreachable!("the log holds live frames");
+        };
+        let mut counts = self.counts.into_iter();
+        changes.retain(|_| counts.next().unwrap_or(false));
+        ToClient::CatchUp { revision: self.revision, changes: Changes(changes) }
+    }
 }
 
 impl Session {
@@ -333,7 +397,7 @@ impl Session {
             follower,
             state: State::Hello,
             cursor: Revision::ZERO,
-            welcomed: false,
+            way: None,
             stopping: false,
             jumps: 0,
             last_diff: DiffId(0),
@@ -401,13 +465,15 @@ impl Session {
                 self.events.push_back(Event::Close(Close::Peer { reason, text }));
                 State::Closed
             }
-            (State::Subscribing, _) | (_, ToServer::Hello { .. }) => return Err(unexpected),
-            (State::Relay, ToServer::SyncReq { diff, jumps, full, root, len })
+            (State::Subscribing(_) | State::CatchUp(_), _) | (_, ToServer::Hello { .. }) => {
+                return Err(unexpected);
+            }
+            (State::Relay, ToServer::SyncReq { diff, jumps, full, root, len, max_deletes })
                 if diff > self.last_diff && self.mark_due.is_none() && self.verifying.is_none() =>
             {
                 self.last_diff = diff;
                 self.checking.clear();
-                self.request(diff, jumps, full, root, len)
+                self.request(jumps, Diff::asked_for(diff, full, root, len, max_deletes))
             }
             (State::Relay | State::Diff(_), ToServer::SyncReq { .. }) => return Err(unexpected),
             (State::Diff(at), ToServer::SyncResponse { diff, answer: Raw(answer) })
@@ -477,32 +543,56 @@ impl Session {
             self.close(Reason::Limits, limits_text(theirs, limits));
         } else {
             self.events.push_back(Event::Subscribe { name, position });
-            return State::Subscribing;
+            return State::Subscribing(None);
         }
         State::Closed
     }
 
-    fn request(&mut self, id: DiffId, jumps: u32, full: bool, root: Hash, len: u64) -> State {
+    fn request(&mut self, jumps: u32, diff: Diff) -> State {
         if jumps != self.jumps {
-            self.control.push_back(ToClient::SyncAbort { diff: id, reason: AbortReason::Stale });
+            let reason = AbortReason::Stale;
+            self.control.push_back(ToClient::SyncAbort { diff: diff.id, reason });
             return State::Relay;
         }
-        self.events.push_back(Event::Admit(id));
-        let updated = BTreeSet::new();
-        let phase = Phase::Queued;
-        State::Diff(Box::new(Diff { id, full, root, len, recording: false, updated, phase }))
+        self.events.push_back(Event::Admit(diff.id));
+        State::Diff(Box::new(diff))
     }
 
     // What comes from the server and the Differ.
 
     /// The follower is subscribed: it will be sent every change behind this position, which is its own
-    /// if it is resumed ([`Log::way`]), the log's head if not.
-    pub fn handle_subscribed(&mut self, at: Position, way: Way) {
-        if self.state != State::Subscribing {
+    /// if it is resumed ([`Log::way`]), the log's head if not. `missed` is what is behind it already
+    /// ([`Log::missed`]).
+    pub fn handle_subscribed(&mut self, at: Position, way: Way, missed: Missed) {
+        if self.state != State::Subscribing(None) {
             return;
         }
-        self.state = State::Relay;
-        self.welcomed = true;
+        let changes = missed.changes();
+        if way == Way::Resumed
+            && changes as u64 > WORTH_SHORTENING
+            && changes <= self.config.shorten_changes
+        {
+            self.state = State::Subscribing(Some(at));
+            self.events.push_back(Event::Shorten(missed));
+        } else {
+            self.welcome(at, way, State::Relay);
+        }
+    }
+
+    /// Which of the changes that were missed count. If that spares nothing, all of them are sent.
+    pub fn handle_shortened(&mut self, shortened: Shortened) {
+        if let State::Subscribing(Some(at)) = self.state {
+            if shortened.dropped() >= WORTH_SHORTENING {
+                self.welcome(at, Way::Shortened, State::CatchUp(shortened));
+            } else {
+                self.welcome(at, Way::Resumed, State::Relay);
+            }
+        }
+    }
+
+    fn welcome(&mut self, at: Position, way: Way, state: State) {
+        self.state = state;
+        self.way = Some(way);
         self.cursor = at.revision.next();
         self.control.push_back(ToClient::Welcome {
             version: VERSION,
@@ -554,14 +644,18 @@ impl Session {
         let ends = self.breaks(Mutation::RecordingEndsWithWalk);
         let turn = self.cursor;
         let Some(at) = self.diff(diff) else { return };
-        let diff = at.id;
+        let (diff, max_deletes) = (at.id, at.max_deletes);
         let Phase::Walk { asked } = &mut at.phase else { return };
         match step {
             Step::Ask(query) => {
                 *asked = true;
+                at.served.rounds += 1;
                 self.control.push_back(ToClient::SyncRequest { diff, query });
             }
             Step::Done(found) => {
+                at.served.writes = found.writes.len() as u64;
+                at.served.deletes = found.deletes.len() as u64;
+                let held = found.deletes.len() as u64 > max_deletes;
                 at.recording = !ends;
                 at.phase = Phase::Repair(Repair {
                     found: Arc::new(found),
@@ -572,16 +666,21 @@ impl Session {
                     failed: BTreeSet::new(),
                 });
                 self.sequence(diff);
+                if held {
+                    self.abort(diff, AbortReason::Held);
+                } else {
+                    self.read_on(diff);
+                }
             }
         }
     }
 
+    /// Says how many repairs there are at most.
     fn sequence(&mut self, diff: DiffId) {
         let Some(Phase::Repair(repair)) = self.diff(diff).map(|at| &mut at.phase) else { return };
         let writes = repair.found.writes.len() as u64;
         let deletes = repair.found.deletes.len() as u64;
         self.control.push_back(ToClient::SyncSeq { diff, writes, deletes });
-        self.read_on(diff);
     }
 
     /// The Differ ended without a result. Another diff may do better.
@@ -649,7 +748,9 @@ impl Session {
     pub fn poll_timeout(&self) -> Option<Duration> {
         match &self.state {
             State::Closed => None,
-            State::Hello | State::Subscribing | State::Relay => Some(self.heartbeat.next()),
+            State::Hello | State::Subscribing(_) | State::CatchUp(_) | State::Relay => {
+                Some(self.heartbeat.next())
+            }
             State::Diff(_) => {
                 Some(self.heartbeat.next().min(self.progressed.1 + self.config.diff_stall))
             }
@@ -680,9 +781,12 @@ impl Session {
                     self.abort(at.id, AbortReason::Stalled);
                 }
             }
-            State::Diff(_) | State::Hello | State::Subscribing | State::Relay | State::Closed => {
-                self.progressed = (self.progress, now)
-            }
+            State::Diff(_)
+            | State::Hello
+            | State::Subscribing(_)
+            | State::CatchUp(_)
+            | State::Relay
+            | State::Closed => self.progressed = (self.progress, now),
         }
     }
 
@@ -690,8 +794,8 @@ impl Session {
     pub fn handle_stop(&mut self) {
         match self.state {
             State::Closed => {}
-            State::Hello | State::Subscribing => self.close(Reason::Stopping, String::new()),
-            State::Relay | State::Diff(_) => self.stopping = true,
+            State::Hello | State::Subscribing(_) => self.close(Reason::Stopping, String::new()),
+            State::CatchUp(_) | State::Relay | State::Diff(_) => self.stopping = true,
         }
     }
 
@@ -706,7 +810,7 @@ impl Session {
         self.state = State::Closed;
         let text = clip(&text, TEXT_BYTES).to_owned();
         let said = text.clone();
-        self.control.push_back(if self.welcomed {
+        self.control.push_back(if self.way.is_some() {
             ToClient::Farewell { reason, text: said }
         } else {
             ToClient::Refuse { reason, text: said }
@@ -727,6 +831,11 @@ impl Session {
     /// longer has what comes next, then the end mark if the stream stands there, then a repair if
     /// it is its turn, then live changes.
     pub fn poll_transmit(&mut self, log: &Log) -> Option<Transmit> {
+        if self.control.is_empty()
+            && let Some(part) = self.catch_up(log)
+        {
+            return Some(Transmit::Part(part));
+        }
         if self.control.is_empty() && matches!(self.state, State::Relay | State::Diff(_)) {
             let next = log.at(self.cursor);
             if next == Next::Fell {
@@ -746,6 +855,28 @@ impl Session {
             }
         }
         self.control.pop_front().map(Transmit::Message)
+    }
+
+    /// The next frame of a shortened catch-up that has something that counts; at its end, says so.
+    fn catch_up(&mut self, log: &Log) -> Option<Part> {
+        let State::CatchUp(shortened) = &self.state else { return None };
+        let Some(next) = shortened.next(self.cursor) else {
+            let (revision, chain) = shortened.end();
+            self.state = State::Relay;
+            self.cursor = revision.next();
+            self.control.push_back(ToClient::CaughtUp { revision, chain });
+            return None;
+        };
+        let Some(chunk) = log.holding(next) else {
+            self.state = State::Relay;
+            self.jump(log);
+            return None;
+        };
+        self.cursor = chunk.end();
+        let revisions = (chunk.first.0..chunk.end().0).map(Revision);
+        let counts = revisions.map(|at| shortened.counts(at)).collect();
+        let revision = Revision(chunk.end().0 - 1);
+        Some(Part { revision, frame: chunk.frame.clone(), counts })
     }
 
     fn send_live(&mut self, chunk: &Chunk) -> Bytes {
@@ -780,13 +911,13 @@ impl Session {
     fn end_at_mark(&mut self, log: &Log) {
         let State::Diff(at) = &self.state else { return };
         let Phase::Mark { suppressed, failed, root, .. } = at.phase else { return };
-        let diff = at.id;
+        let (diff, served) = (at.id, Served { suppressed, failed, ..at.served });
         let Some((revision, chain)) = log.marked(self.follower, diff) else { return };
         if self.cursor < revision.next() {
             return;
         }
         self.state = State::Relay;
-        self.events.push_back(Event::EndDiff { diff, aborted: None });
+        self.events.push_back(Event::EndDiff { diff, aborted: None, served });
         let chain = chain.tag();
         self.control.push_back(ToClient::SyncDone { diff, revision, chain, suppressed, failed });
         self.mark_due = Some(revision);
@@ -864,10 +995,11 @@ impl Session {
     }
 
     fn abort(&mut self, diff: DiffId, reason: AbortReason) {
-        if self.diff(diff).is_some() {
+        if let Some(at) = self.diff(diff) {
+            let served = at.served;
             self.state = State::Relay;
             self.control.push_back(ToClient::SyncAbort { diff, reason });
-            self.events.push_back(Event::EndDiff { diff, aborted: Some(reason) });
+            self.events.push_back(Event::EndDiff { diff, aborted: Some(reason), served });
         }
     }
 
@@ -876,9 +1008,12 @@ impl Session {
         let any = self.breaks(Mutation::StaleDiffer);
         match &mut self.state {
             State::Diff(at) if at.id == diff || any => Some(at),
-            State::Diff(_) | State::Hello | State::Subscribing | State::Relay | State::Closed => {
-                None
-            }
+            State::Diff(_)
+            | State::Hello
+            | State::Subscribing(_)
+            | State::CatchUp(_)
+            | State::Relay
+            | State::Closed => None,
         }
     }
 
@@ -887,6 +1022,22 @@ impl Session {
     /// The name of the state, as in the table above.
     pub fn state(&self) -> &'static str {
         self.state.name()
+    }
+
+    /// How the follower is brought to where the server is; `None` before the handshake is through.
+    pub fn way(&self) -> Option<Way> {
+        self.way
+    }
+
+    /// How far the diff under way is: the name of its phase.
+    pub fn phase(&self) -> Option<&'static str> {
+        let State::Diff(at) = &self.state else { return None };
+        Some(match at.phase {
+            Phase::Queued => "Queued",
+            Phase::Snapshot | Phase::Walk { .. } => "Walk",
+            Phase::Repair(_) => "Repair",
+            Phase::Mark { .. } => "Mark",
+        })
     }
 
     /// The revision up to which changes are on the wire; meaningless before the handshake.
@@ -907,8 +1058,8 @@ impl Session {
     /// How large a frame the peer may send now.
     pub fn max_frame_bytes(&self) -> usize {
         match self.state {
-            State::Hello | State::Subscribing | State::Closed => limits::HANDSHAKE_FRAME_BYTES,
-            State::Relay | State::Diff(_) => self.config.limits.frame_bytes,
+            State::Hello | State::Subscribing(_) | State::Closed => limits::HANDSHAKE_FRAME_BYTES,
+            State::CatchUp(_) | State::Relay | State::Diff(_) => self.config.limits.frame_bytes,
         }
     }
 
@@ -928,10 +1079,27 @@ impl State {
     fn name(&self) -> &'static str {
         match self {
             Self::Hello => "Hello",
-            Self::Subscribing => "Subscribing",
+            Self::Subscribing(_) => "Subscribing",
+            Self::CatchUp(_) => "CatchUp",
             Self::Relay => "Relay",
             Self::Diff(_) => "Diff",
             Self::Closed => "Closed",
+        }
+    }
+}
+
+impl Diff {
+    fn asked_for(id: DiffId, full: bool, root: Hash, len: u64, max_deletes: u64) -> Self {
+        Self {
+            id,
+            full,
+            root,
+            len,
+            max_deletes,
+            served: Served::default(),
+            recording: false,
+            updated: BTreeSet::new(),
+            phase: Phase::Queued,
         }
     }
 }

@@ -26,7 +26,7 @@ mod path;
 use std::hash::Hasher;
 
 pub use hash::{Hash, KeyHash};
-pub(crate) use hash::{sent_as_bytes, shown_as_hex};
+pub(crate) use hash::{from_hex, sent_as_bytes, shown_as_hex};
 pub use node::{Entry, LEAF_ENTRIES};
 use node::{Inner, Leaf, Node};
 pub use path::{KeyPrefix, Path};

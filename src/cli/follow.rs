@@ -47,7 +47,7 @@ pub(super) async fn run(args: &Follow, output: &Output) -> Result<ExitCode, Fail
     };
     drop(follower);
     // It is of no consequence here if the farewell does not get through.
-    drop(tokio::time::timeout(STOP_TIMEOUT, client.stop()).await);
+    tokio::time::timeout(STOP_TIMEOUT, client.stop()).await.ok();
     let left = left?;
     // A table that was to be compared and was not is none to be taken for the server's.
     if let Some(dump) = dump
@@ -137,7 +137,10 @@ impl Follower<'_> {
                 ),
             },
             // The diff that follows says what came of it.
-            Happened::FellBehind(_) => return Ok(None),
+            Happened::FellBehind(_)
+            | Happened::Progress(_)
+            | Happened::Held { .. }
+            | Happened::Corrupt { .. } => return Ok(None),
         };
         self.output.say(event).await?;
         Ok(None)

@@ -3,13 +3,14 @@
 use std::sync::{Arc, Mutex};
 
 use tablecast::{
-    Change, Client, DiffError, DiffOutcome, Error, Event, MemoryStore, Reader, ServerConfig, Store,
-    StoreError, access::tcp::TcpAccess,
+    Change, Client, DiffAborted, DiffError, DiffOutcome, DiffPhase, Error, Event, Health,
+    MemoryStore, Progress, Reader, Server, ServerConfig, Store, StoreError, Verified,
+    access::tcp::TcpAccess,
 };
 
 use crate::harness::{
-    Gate, Proxy, assert_converges, connect, entries, event, filled, follower, key, quick, report,
-    serve, within,
+    Gate, LONG, Proxy, assert_converges, connect, entries, event, filled, follower, key, quick,
+    report, serve, within,
 };
 
 #[actix_rt::test]
@@ -50,7 +51,7 @@ async fn only_one_diff_at_a_time_and_only_when_connected() {
 }
 
 /// Writes to every tenth key until told to stop.
-fn keep_writing(server: &tablecast::Server, keys: usize) -> tokio::sync::oneshot::Sender<()> {
+fn keep_writing(server: &Server, keys: usize) -> tokio::sync::oneshot::Sender<()> {
     let (stop, mut stopped) = tokio::sync::oneshot::channel();
     let server = server.clone();
     actix_rt::spawn(async move {
@@ -175,7 +176,7 @@ async fn a_refused_change_is_counted_and_repaired_later_by_itself() {
 #[actix_rt::test]
 async fn a_batch_that_the_servers_store_refuses_changes_nothing() {
     let store = Stubborn { inner: filled(3), refused: Arc::new(Mutex::new(Some("stubborn"))) };
-    let server = tablecast::Server::start(ServerConfig::default(), store).unwrap();
+    let server = Server::start(ServerConfig::default(), store).unwrap();
     let position = server.ready().await.unwrap();
     let before = server.root().await.unwrap();
     let batch = vec![Change::write("fine", "1"), Change::delete("stubborn")];
@@ -223,6 +224,135 @@ async fn silent_divergence_is_found_and_healed_by_itself() {
     assert_converges(&server, &client).await;
     // The server knows too.
     let head = server.status().await.unwrap().position.unwrap().revision;
-    within(async { while server.followers().await.unwrap()[0].verified != Some((head, true)) {} })
-        .await;
+    within(async {
+        while server.followers().await.unwrap()[0].verified
+            != Some(Verified { revision: head, equal: true })
+        {}
+    })
+    .await;
+}
+
+/// Changes in the store itself: neither the tree nor the actor knows.
+#[actix_rt::test]
+async fn what_is_changed_behind_the_followers_back_is_found_and_healed() {
+    let every = Some(std::time::Duration::from_millis(50));
+    let config = ServerConfig { verify_every: every, ..ServerConfig::default() };
+    let (server, address) = serve(config, filled(1000)).await;
+    let mut store = MemoryStore::new();
+    let client = follower(address, store.clone());
+    assert!(connect(&client).await.equal());
+    let mut events = client.events().await.unwrap();
+    let mut found = 0;
+    for (changes, keys, written, deleted) in [
+        (vec![Change::write(key(3), "changed")], 1, 1, 0),
+        (vec![Change::delete(key(4))], 1, 1, 0),
+        (vec![Change::write("added", "")], 1, 0, 1),
+        (vec![Change::write(key(5), ""), Change::delete(key(6)), Change::write("x", "y")], 3, 2, 1),
+    ] {
+        store.apply(&changes).unwrap();
+        let corrupt = event(&mut events, |event| match event {
+            Event::Corrupt { keys, .. } => Some(*keys),
+            _ => None,
+        });
+        assert_eq!(corrupt.await, keys);
+        event(&mut events, |event| matches!(event, Event::Diverged { .. }).then_some(())).await;
+        let healed = report(&mut events).await;
+        assert_eq!((healed.written, healed.deleted), (written, deleted), "{healed:?}");
+        assert!(healed.equal());
+        assert_converges(&server, &client).await;
+        found += keys as u64;
+        assert_eq!(client.status().await.unwrap().corrupt, found);
+        // What is live meanwhile is not mistaken for it.
+        server.write("live", format!("{found}")).await.unwrap();
+    }
+    assert_eq!(client.status().await.unwrap().health, Health::Ready);
+}
+
+#[actix_rt::test]
+async fn a_table_that_does_not_heal_says_why() {
+    let (server, address) = serve(ServerConfig::default(), filled(10)).await;
+    let store =
+        Stubborn { inner: MemoryStore::new(), refused: Arc::new(Mutex::new(Some("key-000003"))) };
+    let client = Client::start(quick(), store, TcpAccess::new(address.to_string())).unwrap();
+    let report = connect(&client).await;
+    assert!(!report.equal() && report.failed == 1, "{report:?}");
+    let health = client.status().await.unwrap().health;
+    let Health::Diverged { reason } = health else { panic!("{health:?}") };
+    assert_eq!(reason, "the store refuses: store: no such key here");
+    // As soon as it is not needed any more, all is well.
+    server.delete(key(3)).await.unwrap();
+    client.wait_ready(LONG).await.unwrap();
+    assert_eq!(client.status().await.unwrap().health, Health::Ready);
+}
+
+#[actix_rt::test]
+async fn a_server_that_came_up_empty_empties_nobody() {
+    let (server, address) = serve(ServerConfig::default(), filled(5000)).await;
+    let client = follower(address, MemoryStore::new());
+    assert!(connect(&client).await.equal());
+    let mut events = client.events().await.unwrap();
+    within(server.stop()).await;
+
+    let server = Server::start(ServerConfig::default(), filled(2000)).unwrap();
+    server.write("new", "").await.unwrap();
+    server.listen(address).unwrap();
+    server.ready().await.unwrap();
+    let held = event(&mut events, |event| match event {
+        Event::Held { writes, deletes, keys } => Some((*writes, *deletes, *keys)),
+        _ => None,
+    });
+    assert_eq!(held.await, (1, 3000, 5000));
+    let status = client.status().await.unwrap();
+    assert_eq!(status.health, Health::Held { writes: 1, deletes: 3000, keys: 5000 });
+    assert_eq!((status.keys, status.position), (5000, None));
+    // Asked for once more, it is held once more. Live deletes are not.
+    let outcome = client.diff().await.unwrap();
+    let held = DiffAborted::Held { deletes: 3000, keys: 5000 };
+    assert_eq!(outcome, DiffOutcome::Aborted(held));
+    server.delete(key(0)).await.unwrap();
+    server.delete(key(4999)).await.unwrap();
+    let gone = |event: &Event| match event {
+        Event::Change { change: Change::Delete { key: gone }, repair: false, .. } => {
+            (*gone == key(4999)).then_some(())
+        }
+        _ => None,
+    };
+    event(&mut events, gone).await;
+    assert_eq!(client.status().await.unwrap().keys, 4998);
+
+    client.allow_mass_delete().await.unwrap();
+    let meant = report(&mut events).await;
+    assert_eq!((meant.written, meant.deleted, meant.equal()), (1, 2999, true), "{meant:?}");
+    assert_converges(&server, &client).await;
+    assert_eq!(client.status().await.unwrap().health, Health::Ready);
+    let served = server.followers().await.unwrap()[0].last_diff.unwrap();
+    assert_eq!((served.aborted, served.served.deletes), (None, 2999));
+}
+
+#[actix_rt::test]
+async fn a_diff_says_how_far_it_is() {
+    let (_server, address) = serve(ServerConfig::default(), filled(20_000)).await;
+    let client = follower(address, MemoryStore::new());
+    let mut events = client.events().await.unwrap();
+    client.ready().await.unwrap();
+    let mut steps: Vec<Progress> = Vec::new();
+    within(async {
+        loop {
+            match events.recv().await.unwrap() {
+                Event::Progress(progress) => steps.push(progress),
+                Event::Diff(_) => break,
+                _ => {}
+            }
+        }
+    })
+    .await;
+    let mut phases: Vec<_> = steps.iter().map(|step| step.phase).collect();
+    assert!(phases.is_sorted(), "{phases:?}");
+    phases.dedup();
+    let all = [DiffPhase::Queued, DiffPhase::Walk, DiffPhase::Repair, DiffPhase::Compare];
+    assert_eq!(phases, all);
+    let repairs: Vec<_> = steps.iter().filter(|step| step.phase == DiffPhase::Repair).collect();
+    assert!(repairs.len() > 5 && repairs.is_sorted_by_key(|step| step.done), "{repairs:?}");
+    assert!(repairs.iter().all(|step| step.total == 20_000));
+    assert_eq!(repairs.last().unwrap().done, 20_000);
 }

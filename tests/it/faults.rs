@@ -232,8 +232,14 @@ async fn requests_in_one_piece_are_all_answered() {
     put(&mut stream, &ToServer::hello("raw", &Limits::default(), None)).await;
     assert!(matches!(get(&mut stream).await, ToClient::Welcome { .. }));
     let root = Hash::from_bytes([0; Hash::BYTES]);
-    let request =
-        |number| ToServer::SyncReq { diff: DiffId(number), jumps: 7, full: false, root, len: 0 };
+    let request = |number| ToServer::SyncReq {
+        diff: DiffId(number),
+        jumps: 7,
+        full: false,
+        root,
+        len: 0,
+        max_deletes: 0,
+    };
     let all: Vec<u8> = (1..=100).flat_map(|n| wire::encode(&request(n)).to_vec()).collect();
     stream.write_all(&all).await.unwrap();
     for _ in 0..100 {

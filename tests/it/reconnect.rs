@@ -202,3 +202,60 @@ async fn a_server_that_continues_its_history_resumes_and_a_restored_one_does_not
     assert!(report(&mut events).await.equal());
     assert_converges(&server, &client).await;
 }
+
+#[actix_rt::test]
+async fn many_changes_of_few_keys_are_caught_up_one_a_key() {
+    let (server, address) = serve(ServerConfig::default(), filled(1000)).await;
+    let proxy = Proxy::start(address).await;
+    let client = follower(proxy.address, MemoryStore::new());
+    assert!(connect(&client).await.equal());
+    let mut events = client.events().await.unwrap();
+    proxy.set(Gate::Cut);
+    event(&mut events, |event| matches!(event, Event::Disconnected(_)).then_some(())).await;
+    let before = client.status().await.unwrap();
+    for number in 0..10_000 {
+        server.write(key(number % 50), format!("{number}")).await.unwrap();
+    }
+    server.delete(key(7)).await.unwrap();
+    proxy.set(Gate::Open);
+    assert_eq!(way(&mut events).await, Way::Shortened);
+    assert_converges(&server, &client).await;
+    let after = client.status().await.unwrap();
+    assert_eq!(after.applied - before.applied, 50);
+    assert!(after.bytes_received - before.bytes_received < 4000, "{after:?}");
+    assert_eq!(server.followers().await.unwrap()[0].way, Some(Way::Shortened));
+    assert_eq!(server.followers().await.unwrap()[0].diffs, 0);
+    // Live changes go on behind it.
+    let at = server.write("live", "").await.unwrap().position().unwrap();
+    assert_eq!(client.wait_for(at, crate::harness::LONG).await.unwrap(), at);
+}
+
+#[actix_rt::test]
+async fn a_stopped_follower_goes_on_where_it_was() {
+    let (server, address) = serve(ServerConfig::default(), filled(1000)).await;
+    let store = MemoryStore::new();
+    let client = follower(address, store.clone());
+    assert!(connect(&client).await.equal());
+    let at = server.write("seen", "").await.unwrap().position().unwrap();
+    client.wait_for(at, crate::harness::LONG).await.unwrap();
+    assert_eq!(client.stop().await, Some(at));
+    server.write("missed", "").await.unwrap();
+
+    let client = follower(address, store.clone());
+    client.continue_from(at).await.unwrap();
+    let mut events = client.events().await.unwrap();
+    client.ready().await.unwrap();
+    assert_eq!(way(&mut events).await, Way::Resumed);
+    assert_converges(&server, &client).await;
+    client.stop().await;
+
+    // Whoever changes the table afterwards has no position.
+    let client = follower(address, store);
+    client.continue_from(at).await.unwrap();
+    client.write("more", "").await.unwrap();
+    let mut events = client.events().await.unwrap();
+    client.ready().await.unwrap();
+    assert_eq!(way(&mut events).await, Way::NoPosition);
+    assert_eq!(report(&mut events).await.deleted, 1);
+    assert_eq!(client.status().await.unwrap().way, Some(Way::NoPosition));
+}

@@ -13,7 +13,8 @@ use std::task::{self, Poll};
 use actix::prelude::*;
 use tablecast_protocol::server::Close;
 use tablecast_protocol::{HANDSHAKE_FRAME_BYTES, ToClient, ToServer, wire};
-use tracing::{debug, info};
+use tokio::time::Instant;
+use tracing::{debug, info, warn};
 
 use super::backoff::Backoff;
 use super::{Client, Heard, LinkDown, LinkUp, Malformed, MiddlemanFailed, Received, Traffic};
@@ -24,6 +25,9 @@ use crate::error::AccessError;
 
 /// How long a connection that is to end may take to send its last words.
 const LAST_WORDS: std::time::Duration = std::time::Duration::from_secs(1);
+
+/// How long nothing is read before that is worth a word when the connection ends.
+const LONG_PAUSE: std::time::Duration = std::time::Duration::from_secs(1);
 
 /// How many frames are read before others on this arbiter have their turn.
 const TURNS: usize = 32;
@@ -65,6 +69,8 @@ struct Link {
     waiting: usize,
     /// Both directions, when the last `SyncReq` was queued.
     base: (u64, u64),
+    /// Since when nothing is read, because the table does not keep up.
+    paused: Option<Instant>,
     /// The session has ended: close when all is written.
     closing: bool,
 }
@@ -104,6 +110,7 @@ impl Middleman {
             framed: Framed::new(stream, HANDSHAKE_FRAME_BYTES),
             waiting: 0,
             base: (0, 0),
+            paused: None,
             closing: false,
         });
         self.client.do_send(LinkUp(self.connection));
@@ -111,8 +118,17 @@ impl Middleman {
 
     /// The connection is over, for this reason.
     fn down(&mut self, error: &AccessError, ctx: &mut Context<Self>) {
-        if self.link.take().is_some() {
-            self.client.do_send(LinkDown(self.connection, error.to_string()));
+        if let Some(link) = self.link.take() {
+            let mut reason = error.to_string();
+            // A server that gave up on a full socket could not say so.
+            if let Some(paused) = link.paused.map(|since| since.elapsed())
+                && paused >= LONG_PAUSE
+            {
+                let seconds = paused.as_secs_f32();
+                reason += &format!("; this end had read nothing for {seconds} s");
+                warn!(server = self.access.address(), reason, "the table did not keep up");
+            }
+            self.client.do_send(LinkDown(self.connection, reason));
             if self.stopping {
                 ctx.stop();
             } else {
@@ -144,9 +160,14 @@ impl Middleman {
             let ClientConfig { inbox_bytes, limits, .. } = &*self.config;
             // A server that asks and does not read is not read from either.
             let unread = link.framed.queued() > inbox_bytes + limits.answer_bytes;
-            if link.closing || link.waiting >= *inbox_bytes || unread {
+            let full = link.waiting >= *inbox_bytes || unread;
+            if link.closing || full {
+                if full {
+                    link.paused.get_or_insert_with(Instant::now);
+                }
                 return Ok(false);
             }
+            link.paused = None;
             let Poll::Ready(frame) = link.framed.poll_frame(cx)? else {
                 if link.framed.received > before {
                     self.client.do_send(Heard(connection));
@@ -171,8 +192,10 @@ impl Middleman {
                         sent: link.framed.sent.saturating_sub(sent),
                         received: link.framed.decoded().saturating_sub(received),
                     };
+                    let total = Traffic { sent: link.framed.sent, received: link.framed.decoded() };
                     let bytes = frame.len();
-                    self.client.do_send(Received { connection, message, bytes, traffic });
+                    let received = Received { connection, message, bytes, traffic, total };
+                    self.client.do_send(received);
                 }
                 Err(error) => {
                     // The session says goodbye, and why.

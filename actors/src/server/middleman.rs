@@ -19,21 +19,23 @@ use std::time::Duration;
 use actix::prelude::*;
 use actix_rt::ArbiterHandle;
 use tablecast_protocol::diff::Step;
-use tablecast_protocol::server::{Event, Session, Transmit};
+use tablecast_protocol::server::{Event, Served, Session, Transmit};
 use tablecast_protocol::{
-    DiffId, FollowerId, Hash, Position, ProtocolError, Reason, Revision, ToServer, Tree, Values,
-    Way, wire,
+    AbortReason, DiffId, FollowerId, Hash, Missed, Position, ProtocolError, Reason, Revision,
+    Shortened, ToServer, Tree, Values, Way, wire,
 };
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, info, warn};
 
 use super::differ::{Abandon, Answered, Differ, Order};
-use super::{Ask, Connect, FollowerStatus, Gone, Question, Server, SharedLog, root_of};
+use super::{Ask, Connect, Gone, Question, Server, SharedLog, root_of};
 use crate::access::Stream;
 use crate::access::codec::Framed;
 use crate::config::ServerConfig;
 use crate::error::AccessError;
+use crate::metrics;
+use crate::status::{FollowerStatus, ServedDiff, Verified};
 
 /// How long a connection that is to end may take to send its last words.
 const LAST_WORDS: Duration = Duration::from_secs(1);
@@ -50,7 +52,8 @@ pub(crate) enum Reply {
     Grown,
     /// It is time to look at the clock.
     Timeout,
-    Subscribed(Position, Way),
+    Subscribed(Position, Way, Missed),
+    Shortened(Shortened),
     Admitted(DiffId),
     Busy(DiffId),
     Snapshot(DiffId, Tree),
@@ -91,6 +94,8 @@ pub struct Middleman {
     woken: Arc<AtomicBool>,
     status: Arc<Mutex<FollowerStatus>>,
     differ: Option<Addr<Differ>>,
+    /// When the diff was asked for, and when it got its place.
+    diff_since: (Instant, Option<Instant>),
     /// What the session's time is counted from.
     born: Instant,
     /// What had been written when something was left to be written, and since when it is no more.
@@ -118,6 +123,7 @@ impl Middleman {
             woken: Arc::new(AtomicBool::new(false)),
             status: Arc::new(Mutex::new(status)),
             differ: None,
+            diff_since: (Instant::now(), None),
             born: Instant::now(),
             stalled: None,
             closing: false,
@@ -142,7 +148,11 @@ impl Middleman {
         while let Some(event) = self.session.poll_event() {
             match event {
                 Event::Subscribe { name, position } => self.subscribe(name, position, ctx),
-                Event::Admit(diff) => self.ask(diff, Question::Admit),
+                Event::Shorten(missed) => self.shorten(missed, ctx),
+                Event::Admit(diff) => {
+                    self.diff_since = (Instant::now(), None);
+                    self.ask(diff, Question::Admit);
+                }
                 Event::Snapshot(diff) => self.ask(diff, Question::Snapshot),
                 Event::Walk { diff, tree, root, len, full } => {
                     // A follower that accepts less than this end has been refused.
@@ -158,13 +168,10 @@ impl Middleman {
                     self.ask(diff, Question::Read { found, from, max_bytes });
                 }
                 Event::Mark(diff) => self.ask(diff, Question::Mark),
-                Event::EndDiff { diff, aborted } => {
+                Event::EndDiff { diff, aborted, served } => {
                     self.abandon();
                     self.ask(diff, Question::End);
-                    match aborted {
-                        Some(reason) => debug!(follower = self.follower.0, %reason, "diff ended"),
-                        None => self.update_status(|status| status.diffs += 1),
-                    }
+                    self.diff_ended(aborted, served);
                 }
                 Event::Root(revision, tree) => {
                     let this = ctx.address();
@@ -177,10 +184,13 @@ impl Middleman {
                     if !equal {
                         warn!(follower = self.follower.0, %revision, "the follower differs");
                     }
-                    self.update_status(|status| status.verified = Some((revision, equal)));
+                    metrics::follower_verified(equal);
+                    let verified = Verified { revision, equal };
+                    self.update_status(|status| status.verified = Some(verified));
                 }
                 Event::FellBehind(revision) => {
                     info!(follower = self.follower.0, %revision, "the follower fell behind");
+                    metrics::follower_fell_behind();
                 }
                 Event::Close(close) => {
                     info!(follower = self.follower.0, %close, "connection ends");
@@ -202,10 +212,37 @@ impl Middleman {
         });
     }
 
-    fn start_differ(&mut self, order: Order, ctx: &Context<Self>) {
+    /// Where Differs run: so whatever number of followers comes back at once, as many threads as there are
+    /// for that are busy with it.
+    fn shorten(&self, missed: Missed, ctx: &Context<Self>) {
+        if let Some(arbiter) = self.differ_arbiter() {
+            let this = ctx.address();
+            arbiter.spawn_fn(move || this.do_send(Reply::Shortened(Shortened::of(&missed))));
+        }
+    }
+
+    fn diff_ended(&self, aborted: Option<AbortReason>, served: Served) {
+        let (since, started) = self.diff_since;
+        let waited = started.map_or_else(|| since.elapsed(), |at| at - since);
+        let last = ServedDiff { aborted, served, waited, elapsed: since.elapsed() };
+        if let Some(reason) = aborted {
+            debug!(follower = self.follower.0, %reason, "diff ended");
+        }
+        metrics::diff_served(aborted.map_or("Done".to_owned(), |reason| format!("{reason:?}")));
+        self.update_status(|status| {
+            status.diffs += u64::from(aborted.is_none());
+            status.last_diff = Some(last);
+        });
+    }
+
+    fn differ_arbiter(&self) -> Option<&ArbiterHandle> {
         let arbiters = &self.shared.differs;
         let number = self.follower.0 % arbiters.len().max(1) as u64;
-        if let Some(arbiter) = usize::try_from(number).ok().and_then(|n| arbiters.get(n)) {
+        usize::try_from(number).ok().and_then(|n| arbiters.get(n))
+    }
+
+    fn start_differ(&mut self, order: Order, ctx: &Context<Self>) {
+        if let Some(arbiter) = self.differ_arbiter() {
             let middleman = ctx.address();
             let start = move |_: &mut Context<Differ>| Differ::new(order, middleman);
             self.differ = Some(Differ::start_in_arbiter(arbiter, start));
@@ -256,6 +293,7 @@ impl Middleman {
             Some((sent, since)) if sent == self.framed.sent => {
                 if since.elapsed() >= limit {
                     let seconds = limit.as_secs_f32();
+                    metrics::follower_stalled();
                     self.fail(&AccessError::Timeout { what: "room in the socket", seconds }, ctx);
                 }
             }
@@ -306,18 +344,22 @@ impl Middleman {
         // Cleared first: what the Server appends from here on wakes us again.
         self.woken.store(false, Ordering::Release);
         let log = self.shared.log.lock();
-        let message = loop {
+        let transmit = loop {
             if self.framed.queued() >= room {
                 break None;
             }
             match self.session.poll_transmit(&log) {
                 Some(Transmit::Live(frame)) => self.framed.queue(frame),
                 // Encoded without the lock, so what follows it must wait.
-                Some(Transmit::Message(message)) => break Some(message),
-                None => break None,
+                transmit => break transmit,
             }
         };
         drop(log);
+        let message = match transmit {
+            Some(Transmit::Message(message)) => Some(message),
+            Some(Transmit::Part(part)) => Some(part.message(&self.shared.config.session.limits)),
+            Some(Transmit::Live(_)) | None => None,
+        };
         if let Some(message) = message {
             self.framed.queue(wire::encode(&message));
         }
@@ -356,7 +398,14 @@ impl Middleman {
         }
         let Self { session, framed, .. } = &*self;
         self.update_status(|status| {
-            status.state = session.state();
+            if status.way.is_none()
+                && let Some(way) = session.way()
+            {
+                metrics::subscribed(way);
+                status.way = Some(way);
+            }
+            status.state = session.state().into();
+            status.phase = session.phase().map(Into::into);
             status.sent = session.sent();
             status.jumps = session.jumps();
             status.bytes_sent = framed.sent;
@@ -437,8 +486,12 @@ impl Handler<Reply> for Middleman {
                 self.watch_socket(ctx);
                 self.set_timer(ctx);
             }
-            Reply::Subscribed(at, way) => session.handle_subscribed(at, way),
-            Reply::Admitted(diff) => session.handle_admitted(diff),
+            Reply::Subscribed(at, way, missed) => session.handle_subscribed(at, way, missed),
+            Reply::Shortened(shortened) => session.handle_shortened(shortened),
+            Reply::Admitted(diff) => {
+                self.diff_since.1 = Some(Instant::now());
+                session.handle_admitted(diff);
+            }
             Reply::Busy(diff) => session.handle_busy(diff),
             Reply::Snapshot(diff, tree) => session.handle_snapshot(diff, tree),
             Reply::Values(diff, values) => session.handle_values(diff, values),

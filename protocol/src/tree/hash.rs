@@ -171,17 +171,45 @@ macro_rules! shown_as_hex {
     )*};
 }
 
+/// Exactly so many bytes, as text.
+pub(crate) fn from_hex<'de, D: serde::Deserializer<'de>, const N: usize>(
+    deserializer: D,
+) -> Result<[u8; N], D::Error> {
+    let text = String::deserialize(deserializer)?;
+    let mut bytes = [0; N];
+    let digits = text.as_bytes().chunks_exact(2);
+    let whole = text.len() == 2 * N && text.bytes().all(|byte| byte.is_ascii_hexdigit());
+    for (byte, pair) in bytes.iter_mut().zip(digits) {
+        let pair = std::str::from_utf8(pair).ok();
+        *byte = pair.and_then(|pair| u8::from_str_radix(pair, 16).ok()).unwrap_or(0);
+    }
+    if whole {
+        Ok(bytes)
+    } else {
+        Err(serde::de::Error::custom(format_args!("not {} hexadecimal digits: {text:?}", 2 * N)))
+    }
+}
+
 macro_rules! sent_as_bytes {
     ($($name:ident),*) => {$(
         impl Serialize for $name {
             fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-                serializer.serialize_bytes(&self.0)
+                // Where people read it, in JSON most of all, it is hex.
+                if serializer.is_human_readable() {
+                    serializer.collect_str(self)
+                } else {
+                    serializer.serialize_bytes(&self.0)
+                }
             }
         }
 
         impl<'de> Deserialize<'de> for $name {
             fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-                crate::wire::fixed_bytes(deserializer).map(Self)
+                if deserializer.is_human_readable() {
+                    crate::tree::from_hex(deserializer).map(Self)
+                } else {
+                    crate::wire::fixed_bytes(deserializer).map(Self)
+                }
             }
         }
     )*};

@@ -32,13 +32,18 @@ fn actions() -> impl Strategy<Value = Vec<Action>> {
 }
 
 fn config() -> impl Strategy<Value = WorldConfig> {
-    (1_usize..=3, 100_usize..1000, 2_usize..40, 8_usize..200, 1_usize..=2).prop_map(
-        |(followers, log_bytes, updated_keys, repair_bytes, diffs_at_once)| WorldConfig {
+    let most = prop_oneof![Just(1_u64), Just(u64::MAX)];
+    let shorten = prop_oneof![Just(0_usize), Just(1000)];
+    let log = prop_oneof![2 => 100_usize..1000, 1 => 3000_usize..8000];
+    (1_usize..=3, log, 2_usize..40, 8_usize..200, (1_usize..=2, shorten, most)).prop_map(
+        |(followers, log_bytes, updated_keys, repair_bytes, rest)| WorldConfig {
             followers,
             log_bytes,
             updated_keys,
             repair_bytes,
-            diffs_at_once,
+            diffs_at_once: rest.0,
+            shorten_changes: rest.1,
+            max_deletes: rest.2,
             mutation: None,
         },
     )
@@ -71,7 +76,7 @@ fn live(
         // Half of the time everybody has what was written.
         if restore % 2 == 0 {
             world.converge()?;
-            world.act(Action::Cut(restore))?;
+            miss(&mut world, restore)?;
             world.settle()?;
         }
         world.act(if restore > 3 { Action::Restore(restore - 4) } else { Action::Restart })?;
@@ -79,6 +84,27 @@ fn live(
     actions.iter().try_for_each(|action| world.act(*action))?;
     world.converge()?;
     Ok(world)
+}
+
+/// One comes back to more changes than keys, and may be cut off again while it gets them.
+fn miss(world: &mut World, f: u8) -> Checked {
+    world.act(Action::Cut(f))?;
+    world.act(Action::Write { key: f, keys: 255, delete: f.is_multiple_of(3) })?;
+    world.act(Action::Seal)?;
+    for action in [
+        Action::Connect(f),
+        Action::ToServer(f),
+        Action::Serve(f),
+        Action::Answer(f),
+        Action::Answer(f),
+        Action::Transmit(f),
+        Action::Transmit(f),
+        Action::ToClient(f),
+        Action::ToClient(f),
+    ] {
+        world.act(action)?;
+    }
+    if f.is_multiple_of(4) { world.act(Action::Cut(f)) } else { Ok(()) }
 }
 
 fn failed(why: String) -> TestCaseError {
@@ -122,6 +148,9 @@ fn the_runs_are_not_idle() {
             total.queued += stats.queued;
             total.cuts += stats.cuts;
             total.verified += stats.verified;
+            total.caught_up += stats.caught_up;
+            total.shortened += stats.shortened;
+            total.held += stats.held;
             for (all, way) in total.ways.iter_mut().zip(stats.ways) {
                 *all += way;
             }
@@ -139,12 +168,18 @@ fn the_runs_are_not_idle() {
         (total.queued, "queued diffs"),
         (total.cuts, "cuts"),
         (total.verified, "verifications"),
+        (total.caught_up, "shortened catch-ups"),
+        (total.shortened, "changes of shortened catch-ups"),
+        (total.held, "held repairs"),
         (total.ways[Way::Resumed as usize], "resumed"),
         (total.ways[Way::NoPosition as usize], "without a position"),
         (total.ways[Way::OtherEpoch as usize], "of another epoch"),
         (total.ways[Way::NotInLog as usize], "behind the log"),
         (total.ways[Way::OtherChain as usize], "of another chain"),
         (total.ways[Way::Ahead as usize], "ahead"),
+        (total.ways[Way::Shortened as usize], "shortened"),
+        // Cut off in the middle, or fallen behind there.
+        (total.ways[Way::Shortened as usize] - total.caught_up, "interrupted catch-ups"),
     ] {
         assert!(count >= 10, "only {count} {what} in 100 runs: {total:?}");
     }
@@ -194,6 +229,11 @@ fn notices_a_missing_hold() {
 #[test]
 fn notices_a_differ_of_an_earlier_diff() {
     caught(Mutation::StaleDiffer);
+}
+
+#[test]
+fn notices_a_position_kept_in_a_shortened_catch_up() {
+    caught(Mutation::CatchUpKeepsPosition);
 }
 
 #[test]

@@ -15,8 +15,8 @@ use tablecast_protocol::server::{self, Event, SessionConfig, Transmit};
 use tablecast_protocol::wire::{self, HEADER_BYTES};
 use tablecast_protocol::{
     AbortReason, Chain, Change, DiffId, Digest, Epoch, FollowerId, Hash, HeartbeatConfig, Key,
-    Limits, Log, MemoryStore, Mutation, Position, Reader, Replica, Revision, Store, StoreError,
-    Table, ToClient, ToServer, Tree, Value, Values, Way,
+    Limits, Log, MemoryStore, Missed, Mutation, Position, Reader, Replica, Revision, Shortened,
+    Store, StoreError, Table, ToClient, ToServer, Tree, Value, Values, Way,
 };
 
 pub type Map = OrdMap<Key, Value>;
@@ -34,6 +34,9 @@ pub struct WorldConfig {
     pub updated_keys: usize,
     pub repair_bytes: usize,
     pub diffs_at_once: usize,
+    pub shorten_changes: usize,
+    /// How many keys a diff may delete before somebody says that it is meant.
+    pub max_deletes: u64,
     pub mutation: Option<Mutation>,
 }
 
@@ -45,6 +48,8 @@ impl Default for WorldConfig {
             updated_keys: 12,
             repair_bytes: 40,
             diffs_at_once: 2,
+            shorten_changes: 1000,
+            max_deletes: u64::MAX,
             mutation: None,
         }
     }
@@ -98,7 +103,12 @@ pub struct Stats {
     /// Roots that were compared from time to time.
     pub verified: u64,
     /// How often each way was taken, by its code.
-    pub ways: [u64; 6],
+    pub ways: [u64; 7],
+    /// Shortened catch-ups that came to their end, and changes that they brought.
+    pub caught_up: u64,
+    pub shortened: u64,
+    /// Repairs that would have deleted too much.
+    pub held: u64,
 }
 
 pub struct World {
@@ -132,6 +142,8 @@ pub struct Follower {
     /// When each key was last written or deleted by a live change or repair of this epoch.
     seen: OrdMap<Key, Revision>,
     wants_diff: bool,
+    /// A repair was held: the next diff may delete what it likes.
+    allows: bool,
     pub last_diff: Option<(Hash, Hash, client::Counts)>,
 }
 
@@ -152,7 +164,8 @@ struct Link {
 }
 
 enum Reply {
-    Subscribed(Position, Way),
+    Subscribed(Position, Way, Missed),
+    Shortened(Shortened),
     Admitted(DiffId),
     Snapshot(DiffId, Tree),
     Step(DiffId, Step),
@@ -199,6 +212,12 @@ impl Store for RefusingStore {
     }
 }
 
+/// The revision of the write that a value is of: it says so itself.
+fn written_at(value: &Value) -> Revision {
+    let text = std::str::from_utf8(value).unwrap();
+    Revision(text.split(' ').next().unwrap().parse().unwrap())
+}
+
 fn check(holds: bool, why: impl FnOnce() -> String) -> Checked {
     if holds { Ok(()) } else { Err(why()) }
 }
@@ -233,6 +252,7 @@ impl World {
                 position: None,
                 seen: OrdMap::new(),
                 wants_diff: false,
+                allows: false,
                 last_diff: None,
             }
         });
@@ -310,11 +330,13 @@ impl World {
     }
 
     fn write(&mut self, first: u8, keys: u8, delete: bool) {
-        let changes: Vec<Change> = (0..=keys % 4)
+        // Few as a rule, and sometimes more than the follower that is away will want one by one.
+        let more = if keys > 215 { 29 } else { keys % 4 };
+        let changes: Vec<Change> = (0..=more)
             .map(|number| {
                 self.writes += 1;
                 let revision = self.table.position().unwrap().revision.0 + u64::from(number) + 1;
-                let key = key(first.wrapping_add(number.wrapping_mul(7)));
+                let key = key(first.wrapping_add((number % 6).wrapping_mul(7)));
                 if delete && number % 2 == 0 {
                     Change::Delete { key }
                 } else {
@@ -338,7 +360,7 @@ impl World {
     fn seal(&mut self) {
         self.table.seal();
         while let Some((chunk, chain)) = self.table.next_chunk() {
-            self.log.push(chunk, chain);
+            self.log.push(chunk, chain, Duration::ZERO);
         }
     }
 
@@ -405,6 +427,7 @@ impl World {
         let config = SessionConfig {
             repair_bytes: self.config.repair_bytes,
             updated_keys: self.config.updated_keys,
+            shorten_changes: self.config.shorten_changes,
             ..SessionConfig::default()
         };
         let mut server = server::Session::new(config, FollowerId(self.connections), Duration::ZERO);
@@ -413,7 +436,10 @@ impl World {
         }
         let limits = Limits::default();
         let position = self.followers[index].position;
-        let client = client::Session::new("", limits, heartbeat, position, Duration::ZERO);
+        let mut client = client::Session::new("", limits, heartbeat, position, Duration::ZERO);
+        if let Some(mutation) = self.config.mutation {
+            client.mutate(mutation);
+        }
         self.followers[index].link = Some(Link {
             id: self.connections,
             server,
@@ -450,6 +476,7 @@ impl World {
             link.to_client.push_back(match transmit {
                 Transmit::Live(frame) => frame,
                 Transmit::Message(message) => wire::encode(&message),
+                Transmit::Part(part) => wire::encode(&part.message(&Limits::default())),
             });
         }
         self.drain_server(index);
@@ -506,7 +533,7 @@ impl World {
                 Event::Root(revision, tree) => {
                     link.replies.push_back(Reply::Root(revision, tree.root()));
                 }
-                Event::EndDiff { diff, aborted } => {
+                Event::EndDiff { diff, aborted, served } => {
                     link.differs.iter_mut().filter(|d| d.diff == diff).for_each(|differ| {
                         differ.stopping = true;
                     });
@@ -516,9 +543,12 @@ impl World {
                         None => {}
                     }
                     // Behind the request for a place, which may not have been read yet.
-                    link.requests.push_back(Event::EndDiff { diff, aborted });
+                    link.requests.push_back(Event::EndDiff { diff, aborted, served });
                 }
                 Event::FellBehind(_) => self.stats.jumps += 1,
+                Event::Shorten(missed) => {
+                    link.replies.push_back(Reply::Shortened(Shortened::of(&missed)));
+                }
                 Event::Verified { .. } => {}
                 Event::Close(close) => self.closed = Some(close.to_string()),
                 request @ (Event::Subscribe { .. }
@@ -540,7 +570,7 @@ impl World {
                 let head = self.table.position().unwrap();
                 let way = self.log.way(head.epoch, position.as_ref());
                 let at = position.filter(|_| way == Way::Resumed).unwrap_or(head);
-                Reply::Subscribed(at, way)
+                Reply::Subscribed(at, way, self.log.missed(at.revision))
             }
             Event::Admit(diff) => {
                 self.waiting.push_back((index, link.id, diff));
@@ -591,7 +621,10 @@ impl World {
         let Some(link) = &mut self.followers[index].link else { return };
         match link.replies.pop_front() {
             None => {}
-            Some(Reply::Subscribed(at, way)) => link.server.handle_subscribed(at, way),
+            Some(Reply::Subscribed(at, way, missed)) => {
+                link.server.handle_subscribed(at, way, missed);
+            }
+            Some(Reply::Shortened(shortened)) => link.server.handle_shortened(shortened),
             Some(Reply::Admitted(diff)) => link.server.handle_admitted(diff),
             Some(Reply::Snapshot(diff, tree)) => link.server.handle_snapshot(diff, tree),
             Some(Reply::Step(diff, step)) => link.server.handle_step(diff, step),
@@ -636,7 +669,14 @@ impl World {
         let follower = &mut self.followers[index];
         if let Some(link) = &mut follower.link
             && follower.wants_diff
-            && link.client.handle_diff(follower.replica.tree().clone(), false).is_ok()
+            && link
+                .client
+                .handle_diff(
+                    follower.replica.tree().clone(),
+                    false,
+                    if follower.allows { u64::MAX } else { self.config.max_deletes },
+                )
+                .is_ok()
         {
             follower.wants_diff = false;
             return self.drain_client(index);
@@ -666,10 +706,15 @@ impl World {
                 Output::Send(message) => link.to_server.push_back(wire::encode(&message)),
                 Output::Connected(_, way) => {
                     self.stats.ways[way as usize] += 1;
-                    follower.wants_diff |= way != Way::Resumed;
+                    follower.wants_diff |= !way.resumes();
                 }
                 Output::FellBehind(_) => follower.wants_diff = true,
                 Output::Apply { first, changes } => self.apply(index, first, &changes)?,
+                Output::CatchUp { changes, .. } => {
+                    self.stats.shortened += changes.len() as u64;
+                    self.catch_up(index, &changes)?;
+                }
+                Output::CaughtUp(_) => self.stats.caught_up += 1,
                 Output::Repair { diff, changes } => self.repair(index, diff, &changes)?,
                 Output::Answer { diff, tree, query, .. } => {
                     link.work.push_back(Work::Answer(diff, tree, query));
@@ -677,13 +722,25 @@ impl World {
                 Output::Root(diff, tree) => {
                     link.work.push_back(Work::Root(RootOf::Diff(diff), tree));
                 }
-                Output::Mark(revision) => {
+                Output::Progress(progress) => {
+                    check(progress.done <= progress.total, || format!("{progress:?}"))?;
+                }
+                Output::Held { deletes, .. } => {
+                    check(deletes > self.config.max_deletes, || format!("{deletes} are held"))?;
+                    self.stats.held += 1;
+                    follower.allows = true;
+                    follower.wants_diff = true;
+                }
+                Output::Mark { revision, .. } => {
                     let tree = follower.replica.tree().clone();
                     link.work.push_back(Work::Root(RootOf::Mark(revision), tree));
                 }
                 Output::DiffDone { counts, root, server_root, .. } => {
                     follower.last_diff = Some((root, server_root, counts));
                     self.stats.diffs += 1;
+                    let most = if follower.allows { u64::MAX } else { self.config.max_deletes };
+                    check(counts.deleted <= most, || format!("{counts:?}, {most} are allowed"))?;
+                    follower.allows = false;
                     self.stats.repaired += counts.written + counts.deleted;
                     self.stats.suppressed += counts.suppressed;
                     let refuses = !follower.store.refused.lock().unwrap().is_empty();
@@ -725,6 +782,25 @@ impl World {
         Ok(())
     }
 
+    /// Changes one a key: none is older than what the follower has seen.
+    fn catch_up(&mut self, index: usize, changes: &[(Change, Digest)]) -> Checked {
+        let follower = &mut self.followers[index];
+        for (change, digest) in changes {
+            let seen = follower.seen.get(change.key()).copied().unwrap_or_default();
+            let brought = change.value().map_or(Revision(u64::MAX), written_at);
+            check(brought > seen, || {
+                format!("follower {index}: {change:?} takes the key back from {seen}")
+            })?;
+            if change.value().is_some() {
+                follower.seen.insert(change.key().clone(), brought);
+            }
+            if follower.replica.apply_digested(change, digest).is_err() {
+                follower.link.as_mut().unwrap().client.handle_refused();
+            }
+        }
+        Ok(())
+    }
+
     fn repair(&mut self, index: usize, diff: DiffId, changes: &[(Change, Digest)]) -> Checked {
         let follower = &mut self.followers[index];
         let link = follower.link.as_mut().unwrap();
@@ -739,10 +815,8 @@ impl World {
                 format!("follower {index} at {here}: repaired by {change:?}, which is {now:?}")
             })?;
             if let Some(value) = change.value() {
-                let text = String::from_utf8(value.to_vec()).unwrap();
-                let revision: u64 = text.split(' ').next().unwrap().parse().unwrap();
                 let seen = follower.seen.get(change.key()).copied().unwrap_or_default();
-                check(Revision(revision) >= seen, || {
+                check(written_at(value) >= seen, || {
                     format!("follower {index}: {change:?} takes the key back from {seen}")
                 })?;
             }

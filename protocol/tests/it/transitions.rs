@@ -7,14 +7,14 @@
 
 use std::time::Duration;
 
-use tablecast_protocol::client::{self, NotNow, Output, RootOf};
+use tablecast_protocol::client::{self, DiffPhase, NotNow, Output, Progress, RootOf};
 use tablecast_protocol::diff::{Answer, Difference, Query, Step, Walk, Widths, answer};
-use tablecast_protocol::server::{self, Close, Event, SessionConfig, Transmit};
+use tablecast_protocol::server::{self, Close, Event, Served, SessionConfig, Transmit};
 use tablecast_protocol::wire::{self, Changes, HEADER_BYTES, Message, Raw, VERSION};
 use tablecast_protocol::{
     AbortReason, Chain, ChainTag, Change, DecodeError, DiffId, Digest, Epoch, FollowerId, Hash,
-    HeartbeatConfig, Limits, Log, MemoryStore, Position, Reason, Revision, Table, ToClient,
-    ToServer, Tree, Way,
+    HeartbeatConfig, Limits, Log, MemoryStore, Position, Reason, Replica, Revision, Shortened,
+    Table, ToClient, ToServer, Tree, Way,
 };
 
 const PAGE: &str = include_str!("../../../docs/protocol.md");
@@ -107,6 +107,11 @@ struct ServerEnd {
     sent: Vec<ToClient>,
 }
 
+/// A log in which nothing is.
+fn no_log() -> Log {
+    Log::new(0, Revision::ZERO, Chain::START)
+}
+
 fn server_tree() -> Tree {
     Tree::build([("a", "1"), ("b", "2")])
 }
@@ -135,17 +140,30 @@ impl ServerEnd {
 
     /// Does to the session, then takes what comes of it.
     fn act(&mut self, act: impl FnOnce(&mut server::Session)) -> &mut Self {
+        self.act_with_room(usize::MAX, act)
+    }
+
+    /// The same on a connection that takes so many frames.
+    fn act_with_room(
+        &mut self,
+        frames: usize,
+        act: impl FnOnce(&mut server::Session),
+    ) -> &mut Self {
         act(&mut self.session);
         self.events.clear();
-        self.sent.clear();
-        while let Some(transmit) = self.session.poll_transmit(&self.log) {
-            match transmit {
-                Transmit::Message(message) => self.sent.push(message),
-                Transmit::Live(_) => panic!("nothing was written"),
-            }
-        }
+        self.sent = (0..frames).map_while(|_| self.transmit()).collect();
         self.events.extend(std::iter::from_fn(|| self.session.poll_event()));
         self
+    }
+
+    /// What goes on the wire next, as the follower reads it.
+    fn transmit(&mut self) -> Option<ToClient> {
+        let limits = Limits::default();
+        Some(match self.session.poll_transmit(&self.log)? {
+            Transmit::Message(message) => message,
+            Transmit::Live(frame) => wire::decode(&frame[HEADER_BYTES..], &limits).unwrap(),
+            Transmit::Part(part) => part.message(&limits),
+        })
     }
 
     fn message(&mut self, message: ToServer) -> &mut Self {
@@ -185,8 +203,12 @@ fn server_stages() -> Vec<(&'static str, ServerEnd)> {
     end.message(ToServer::hello("", &Limits::default(), None));
     assert!(matches!(end.events[..], [Event::Subscribe { .. }]));
     stages.push(("subscribing", end.clone()));
+    stages.extend(shortened_stages());
 
-    end.act(|session| session.handle_subscribed(table.position().unwrap(), Way::NoPosition));
+    end.act(|session| {
+        let at = table.position().unwrap();
+        session.handle_subscribed(at, Way::NoPosition, no_log().missed(at.revision));
+    });
     assert!(matches!(end.sent[..], [ToClient::Welcome { .. }]));
     stages.push(("relay", end.clone()));
 
@@ -251,9 +273,20 @@ fn server_stages() -> Vec<(&'static str, ServerEnd)> {
     stages
 }
 
+/// Of a follower whose missed changes are shortened.
+fn shortened_stages() -> [(&'static str, ServerEnd); 2] {
+    let behind = Behind::new(1 << 20);
+    let shortening = behind.shortening();
+    let mut catching_up = shortening.clone();
+    catching_up.act_with_room(1, |session| session.handle_shortened(behind.shortened()));
+    assert_eq!(catching_up.sent, [behind.welcome(Way::Shortened)]);
+    [("shortening", shortening), ("catching up", catching_up)]
+}
+
 fn sync_req(diff: DiffId) -> ToServer {
     let tree = follower_tree();
-    ToServer::SyncReq { diff, jumps: 0, full: false, root: tree.root(), len: tree.len() as u64 }
+    let (root, len) = (tree.root(), tree.len() as u64);
+    ToServer::SyncReq { diff, jumps: 0, full: false, root, len, max_deletes: u64::MAX }
 }
 
 fn query() -> Query {
@@ -389,7 +422,7 @@ fn the_server_ignores_the_root_of_an_earlier_mark() {
         table.write(&[Change::write("a", "4")]).unwrap();
         table.seal();
         let (chunk, chain) = table.next_chunk().unwrap();
-        log.push(chunk, chain);
+        log.push(chunk, chain, NOW);
         log.head()
     };
     let (early, late) = (server_tree().root(), follower_tree().root());
@@ -406,7 +439,7 @@ fn the_server_ignores_the_root_of_an_earlier_mark() {
     end.log.unmark(FollowerId(1), DIFF);
 
     let ToServer::SyncReq { full, root, len, .. } = sync_req(NEXT_DIFF) else { panic!() };
-    end.message(ToServer::SyncReq { diff: NEXT_DIFF, jumps: 1, full, root, len });
+    end.message(ToServer::SyncReq { diff: NEXT_DIFF, jumps: 1, full, root, len, max_deletes: 0 });
     end.act(|session| session.handle_admitted(NEXT_DIFF));
     end.act(|session| session.handle_snapshot(NEXT_DIFF, server_tree()));
     end.act(|session| session.handle_step(NEXT_DIFF, Step::Done(Difference::default())));
@@ -462,7 +495,7 @@ fn the_server_closes_on_a_diff_number_used_before() {
     // A number is used up by a diff that was refused, too.
     let mut end = server_stage("relay");
     let ToServer::SyncReq { diff, full, root, len, .. } = sync_req(DIFF) else { panic!() };
-    end.message(ToServer::SyncReq { diff, jumps: 1, full, root, len });
+    end.message(ToServer::SyncReq { diff, jumps: 1, full, root, len, max_deletes: 0 });
     assert_eq!(end.sent, [ToClient::SyncAbort { diff, reason: AbortReason::Stale }]);
     assert_eq!(end.session.state(), "Relay");
     let before = end.clone();
@@ -563,7 +596,7 @@ fn frames_that_are_no_message_close() {
     end.act(|session| session.handle_malformed(&version));
     assert_eq!(end.closed().unwrap().0, Reason::Version);
     assert!(matches!(end.sent[..], [ToClient::Refuse { reason: Reason::Version, .. }]));
-    for stage in ["hello", "subscribing", "relay", "asked"] {
+    for stage in ["hello", "subscribing", "shortening", "catching up", "relay", "asked"] {
         let before = server_stage(stage);
         let mut end = before.clone();
         end.act(|session| session.handle_malformed(&malformed));
@@ -573,7 +606,7 @@ fn frames_that_are_no_message_close() {
     let mut end = client_stage("hello");
     end.act(|session| session.handle_malformed(&version));
     assert_eq!(end.closed().unwrap().0, Reason::Version);
-    for stage in ["hello", "relay", "diff"] {
+    for stage in ["hello", "catching up", "relay", "diff"] {
         let mut end = client_stage(stage);
         end.act(|session| session.handle_malformed(&malformed));
         assert_eq!(end.closes(stage), malformed.to_string());
@@ -625,14 +658,20 @@ fn names_and_texts_are_cut_to_their_limits() {
 #[derive(Clone)]
 struct ClientEnd {
     session: client::Session,
+    /// All but how far a diff is.
     outputs: Vec<Output>,
+    progress: Vec<Progress>,
 }
 
 impl ClientEnd {
     fn new() -> Self {
+        Self::at(Limits::default(), None)
+    }
+
+    fn at(limits: Limits, position: Option<Position>) -> Self {
         let heartbeat = HeartbeatConfig::default();
-        let session = client::Session::new("", Limits::default(), heartbeat, None, NOW);
-        let mut end = Self { session, outputs: Vec::new() };
+        let session = client::Session::new("", limits, heartbeat, position, NOW);
+        let mut end = Self { session, outputs: Vec::new(), progress: Vec::new() };
         end.act(|_| {});
         assert!(matches!(end.outputs[..], [Output::Send(ToServer::Hello { .. })]));
         end
@@ -640,7 +679,14 @@ impl ClientEnd {
 
     fn act(&mut self, act: impl FnOnce(&mut client::Session)) -> &mut Self {
         act(&mut self.session);
-        self.outputs = std::iter::from_fn(|| self.session.poll_output()).collect();
+        self.outputs.clear();
+        self.progress.clear();
+        while let Some(output) = self.session.poll_output() {
+            match output {
+                Output::Progress(progress) => self.progress.push(progress),
+                output => self.outputs.push(output),
+            }
+        }
         self
     }
 
@@ -679,28 +725,47 @@ impl ClientEnd {
 /// Where the stream begins.
 const START: Revision = Revision(8);
 
+/// What the follower presents where it comes back to a history.
+fn start() -> Position {
+    Position { epoch: epoch(), revision: START, chain: Chain::START }
+}
+
 fn welcome() -> ToClient {
     welcome_with(VERSION, 1, Limits::default())
 }
 
 fn welcome_with(version: u16, tree: u8, limits: Limits) -> ToClient {
+    welcome_at(version, tree, limits, start(), Way::NoPosition)
+}
+
+fn welcome_at(version: u16, tree: u8, limits: Limits, at: Position, way: Way) -> ToClient {
     ToClient::Welcome {
         version,
         tree,
-        epoch: epoch(),
-        revision: START,
-        chain: Chain::START,
+        epoch: at.epoch,
+        revision: at.revision,
+        chain: at.chain,
         frame_bytes: limits.frame_bytes as u64,
         key_bytes: limits.key_bytes as u64,
         value_bytes: limits.value_bytes as u64,
-        way: Way::NoPosition,
+        way,
     }
+}
+
+/// What a follower that was resumed is told.
+fn resumed(at: Position, way: Way) -> ToClient {
+    welcome_at(VERSION, 1, Limits::default(), at, way)
 }
 
 fn client_stages() -> Vec<(&'static str, ClientEnd)> {
     let mut stages = Vec::new();
     let mut end = ClientEnd::new();
     stages.push(("hello", end.clone()));
+
+    let mut back = ClientEnd::at(Limits::default(), Some(start()));
+    back.message(resumed(start(), Way::Shortened));
+    assert_eq!(back.outputs, [Output::Connected(start(), Way::Shortened)]);
+    stages.push(("catching up", back));
 
     end.message(welcome());
     assert!(matches!(
@@ -709,7 +774,7 @@ fn client_stages() -> Vec<(&'static str, ClientEnd)> {
     ));
     stages.push(("relay", end.clone()));
 
-    end.act(|session| assert_eq!(session.handle_diff(follower_tree(), false), Ok(DIFF)));
+    end.act(|session| assert_eq!(session.handle_diff(follower_tree(), false, u64::MAX), Ok(DIFF)));
     assert_eq!(end.outputs, [Output::Root(DIFF, follower_tree())]);
     stages.push(("preparing", end.clone()));
 
@@ -742,7 +807,7 @@ fn client_stages() -> Vec<(&'static str, ClientEnd)> {
 
     let done = to_client("SyncDone", &end);
     end.message(done);
-    assert_eq!(end.outputs, [Output::Mark(START)]);
+    assert!(end.outputs.contains(&Output::Mark { revision: START, ends_diff: true }));
     stages.push(("done", end.clone()));
 
     let mut verified = end.clone();
@@ -785,9 +850,23 @@ fn to_client(message: &str, end: &ClientEnd) -> ToClient {
         "Ping" => ToClient::Ping {},
         "Pong" => ToClient::Pong {},
         "Mark" => ToClient::Mark { revision },
+        "CatchUp" => catch_up(revision.plus(2)),
+        "CaughtUp" => caught_up(revision.plus(3)),
         other => panic!("{other} is no message"),
     }
 }
+
+fn catch_up(revision: Revision) -> ToClient {
+    let changes = Changes(vec![Change::write("a", "4"), Change::delete("b")]);
+    ToClient::CatchUp { revision, changes }
+}
+
+fn caught_up(revision: Revision) -> ToClient {
+    ToClient::CaughtUp { revision, chain: END_CHAIN }
+}
+
+/// The chain at the end of a shortened catch-up.
+const END_CHAIN: Chain = Chain::from_bytes([3; 24]);
 
 fn prefix_of(key: &str) -> Vec<u8> {
     Digest::of(&Change::delete(key.to_owned())).key.as_bytes()[..6].to_vec()
@@ -968,11 +1047,11 @@ fn the_client_closes_on_the_abort_of_a_diff_before_it_asks() {
 fn an_answer_fits_both_ends() {
     let asked = |answer_bytes, frame_bytes| {
         let limits = Limits { answer_bytes, ..Limits::default() };
-        let heartbeat = HeartbeatConfig::default();
-        let session = client::Session::new("", limits, heartbeat, None, NOW);
-        let mut end = ClientEnd { session, outputs: Vec::new() };
+        let mut end = ClientEnd::at(limits, None);
         end.message(welcome_with(VERSION, 1, Limits { frame_bytes, ..limits }));
-        end.act(|session| assert_eq!(session.handle_diff(follower_tree(), false), Ok(DIFF)));
+        end.act(|session| {
+            assert_eq!(session.handle_diff(follower_tree(), false, u64::MAX), Ok(DIFF))
+        });
         end.act(|session| session.handle_root(RootOf::Diff(DIFF), follower_tree().root()));
         end.message(ToClient::SyncStart { diff: DIFF });
         end.message(ToClient::SyncRequest { diff: DIFF, query: query() });
@@ -990,13 +1069,13 @@ fn an_answer_fits_both_ends() {
 /// A diff without repairs, from a state of Relay to `SyncDone`.
 fn diff_again(end: &mut ClientEnd, diff: DiffId) {
     let at = end.session.stream().unwrap();
-    end.act(|session| assert_eq!(session.handle_diff(server_tree(), false), Ok(diff)));
+    end.act(|session| assert_eq!(session.handle_diff(server_tree(), false, u64::MAX), Ok(diff)));
     end.act(|session| session.handle_root(RootOf::Diff(diff), server_tree().root()));
     end.message(ToClient::SyncStart { diff });
     end.message(ToClient::SyncSeq { diff, writes: 0, deletes: 0 });
     let (revision, chain) = (at.revision, at.chain.tag());
     end.message(ToClient::SyncDone { diff, revision, chain, suppressed: 0, failed: 0 });
-    assert_eq!(end.outputs, [Output::Mark(revision)]);
+    assert!(end.outputs.contains(&Output::Mark { revision, ends_diff: true }));
 }
 
 /// Both roots at the mark where `end` stands.
@@ -1009,7 +1088,16 @@ fn compare_roots(end: &mut ClientEnd, ours: Hash, theirs: Hash) {
 
 #[test]
 fn a_diff_makes_the_position_whole() {
-    for stage in ["relay", "preparing", "waiting", "diff", "answered", "announced", "repaired"] {
+    for stage in [
+        "catching up",
+        "relay",
+        "preparing",
+        "waiting",
+        "diff",
+        "answered",
+        "announced",
+        "repaired",
+    ] {
         assert_eq!(client_stage(stage).session.position(), None, "{stage}");
     }
     for stage in ["done", "verified"] {
@@ -1088,6 +1176,661 @@ fn unequal_roots_leave_no_position() {
     assert_eq!(end.session.position(), end.session.stream());
 }
 
+/// All that a diff says of how far it is, by the stage that it comes to.
+#[test]
+fn a_diff_says_how_far_it_is() {
+    use DiffPhase::{Compare, Queued, Repair, Walk};
+    let progress = |phase, rounds, done, total| vec![Progress { phase, rounds, done, total }];
+    for (stage, end) in client_stages() {
+        let expected = match stage {
+            "waiting" => progress(Queued, 0, 0, 0),
+            "diff" => progress(Walk, 0, 0, 0),
+            "answering" => progress(Walk, 1, 0, 0),
+            "announced" => progress(Repair, 1, 0, 2),
+            "repaired" => progress(Repair, 1, 2, 2),
+            "done" => progress(Compare, 1, 2, 2),
+            _ => vec![],
+        };
+        assert_eq!(end.progress, expected, "{stage}");
+    }
+
+    // Roots alone were enough, and every walk has a round.
+    let mut end = client_stage("diff");
+    end.message(ToClient::SyncSeq { diff: DIFF, writes: 3, deletes: 1 });
+    assert_eq!(end.progress, progress(Repair, 1, 0, 4));
+    // What a store refuses is done with, too; what is left out does not count.
+    end.message(repair(vec![Change::write("b", "2")], 6, &prefix_of("c")));
+    assert_eq!(end.progress, []);
+    end.act(|session| session.handle_repaired(DIFF, 1, 0));
+    assert_eq!(end.progress, progress(Repair, 1, 2, 4));
+    let (revision, chain) = (START, end.tag());
+    end.message(ToClient::SyncDone { diff: DIFF, revision, chain, suppressed: 1, failed: 1 });
+    assert_eq!(end.progress, progress(Compare, 1, 3, 4));
+    // Applied late.
+    let mut end = client_stage("announced");
+    end.message(to_client("Repair", &end.clone()));
+    end.message(to_client("SyncDone", &end.clone()));
+    end.act(|session| session.handle_repaired(DIFF, 0, 0));
+    assert_eq!(end.progress, []);
+    // Live changes are no part of it, and neither is the end of one that is aborted.
+    for message in ["Live", "SyncAbort"] {
+        let mut end = client_stage("announced");
+        end.message(to_client(message, &end.clone()));
+        assert_eq!(end.progress, [], "{message}");
+    }
+}
+
+// What was missed, shortened.
+
+/// A table that was empty, its log, and a follower's position behind the first two changes.
+struct Behind {
+    table: Table,
+    log: Log,
+    at: Position,
+}
+
+impl Behind {
+    /// Missed 26 changes of 4 keys, in three frames. In the first nothing counts.
+    fn new(log_bytes: usize) -> Self {
+        let mut behind = Self::empty(log_bytes);
+        let again: Vec<_> = (1..=20).map(|n| Change::write("a", n.to_string())).collect();
+        behind.write(&again);
+        behind.write(&[Change::write("c", "1"), Change::delete("b"), Change::write("d", "1")]);
+        behind.write(&[Change::write("a", "21"), Change::delete("c"), Change::write("a", "22")]);
+        assert_eq!(behind.log.head(), Revision(28));
+        behind
+    }
+
+    /// Missed nothing yet.
+    fn empty(log_bytes: usize) -> Self {
+        let mut table = Table::open(MemoryStore::new(), Limits::default()).unwrap();
+        table.ready(epoch());
+        let at = table.position().unwrap();
+        let mut behind = Self { table, log: Log::new(log_bytes, at.revision, at.chain), at };
+        behind.write(&[Change::write("a", "0"), Change::write("b", "0")]);
+        behind.at = behind.table.position().unwrap();
+        behind
+    }
+
+    /// A batch, in a frame of its own.
+    fn write(&mut self, changes: &[Change]) {
+        self.table.write(changes).unwrap();
+        self.table.seal();
+        let (chunk, chain) = self.table.next_chunk().unwrap();
+        self.log.push(chunk, chain, NOW);
+    }
+
+    fn shortened(&self) -> Shortened {
+        Shortened::of(&self.log.missed(self.at.revision))
+    }
+
+    fn welcome(&self, way: Way) -> ToClient {
+        resumed(self.at, way)
+    }
+
+    /// A session whose follower presents the position, and is subscribed there.
+    fn subscribed(&self, config: SessionConfig) -> ServerEnd {
+        let mut end = ServerEnd::new();
+        end.session = server::Session::new(config, FollowerId(1), NOW);
+        end.log = self.log.clone();
+        end.message(ToServer::hello("", &Limits::default(), Some(self.at)));
+        assert!(matches!(end.events[..], [Event::Subscribe { .. }]));
+        let way = self.log.way(epoch(), Some(&self.at));
+        assert_eq!(way, Way::Resumed);
+        let missed = self.log.missed(self.at.revision);
+        end.act(|session| session.handle_subscribed(self.at, way, missed));
+        end
+    }
+
+    fn shortening(&self) -> ServerEnd {
+        let end = self.subscribed(SessionConfig::default());
+        assert_eq!(end.events, [Event::Shorten(self.log.missed(self.at.revision))]);
+        assert_eq!((end.session.state(), &end.sent[..]), ("Subscribing", &[][..]));
+        end
+    }
+
+    /// What is sent of the 26.
+    fn catch_up(&self) -> [ToClient; 3] {
+        [
+            ToClient::CatchUp {
+                revision: Revision(25),
+                changes: Changes(vec![Change::delete("b"), Change::write("d", "1")]),
+            },
+            ToClient::CatchUp {
+                revision: Revision(28),
+                changes: Changes(vec![Change::delete("c"), Change::write("a", "22")]),
+            },
+            ToClient::CaughtUp { revision: Revision(28), chain: self.log.chain() },
+        ]
+    }
+}
+
+#[test]
+fn what_was_missed_is_sent_one_change_a_key() {
+    let mut behind = Behind::new(1 << 20);
+    let mut replica = Replica::open(MemoryStore::new()).unwrap();
+    replica.apply(&Change::write("a", "0")).unwrap();
+    replica.apply(&Change::write("b", "0")).unwrap();
+    let mut follower = ClientEnd::at(Limits::default(), Some(behind.at));
+    let mut end = behind.shortening();
+    let (shortened, [first, second, last]) = (behind.shortened(), behind.catch_up());
+
+    // What is written meanwhile waits.
+    behind.write(&[Change::write("a", "23"), Change::write("e", "1")]);
+    let late = behind.table.position().unwrap();
+    end.log = behind.log.clone();
+    end.act(|session| session.handle_shortened(shortened));
+    let live = ToClient::Live {
+        first: Revision(29),
+        before: match &last {
+            ToClient::CaughtUp { chain, .. } => chain.tag(),
+            _ => unreachable!(),
+        },
+        changes: Changes(vec![Change::write("a", "23"), Change::write("e", "1")]),
+    };
+    let sent = [behind.welcome(Way::Shortened), first, second, last, live];
+    assert_eq!(end.sent, sent);
+    assert_eq!((end.session.state(), end.session.sent()), ("Relay", late.revision));
+    assert_eq!(end.events, []);
+
+    behind.write(&[Change::delete("a")]);
+    end.log = behind.log.clone();
+    end.act(|_| {});
+    assert!(matches!(end.sent[..], [ToClient::Live { first: Revision(31), .. }]));
+
+    // And the follower comes where the server is, by that alone.
+    for message in sent.into_iter().chain(end.sent) {
+        follower.message(message);
+        for output in &follower.outputs {
+            if let Output::Apply { changes, .. } | Output::CatchUp { changes, .. } = output {
+                changes.iter().for_each(|(change, _)| replica.apply(change).unwrap());
+            }
+        }
+    }
+    assert_eq!(follower.session.position(), behind.table.position());
+    assert_eq!(replica.tree().root(), behind.table.tree().root());
+}
+
+#[test]
+fn little_is_not_shortened() {
+    let again = |count: usize| vec![Change::write("a", "1"); count];
+    let live = |changes: Vec<Change>, at: &Position| ToClient::Live {
+        first: at.revision.next(),
+        before: at.chain.tag(),
+        changes: Changes(changes),
+    };
+    let behind = |changes: &[Change]| {
+        let mut behind = Behind::empty(1 << 20);
+        behind.write(changes);
+        behind
+    };
+    let config = SessionConfig::default();
+    // Of 14 changes no 14 are left out: nobody looks which.
+    let few = behind(&again(14));
+    let end = few.subscribed(config);
+    assert_eq!(end.sent, [few.welcome(Way::Resumed), live(again(14), &few.at)]);
+    assert_eq!((end.session.state(), end.events), ("Relay", vec![]));
+
+    // 13 of 15 are left out, and 14 of 15.
+    let other = [again(14), vec![Change::write("b", "1")]].concat();
+    for (changes, dropped) in [(other, 13), (again(15), 14)] {
+        let behind = behind(&changes);
+        let (mut end, shortened) = (behind.shortening(), behind.shortened());
+        assert_eq!(shortened.dropped(), dropped);
+        end.act(|session| session.handle_shortened(shortened));
+        assert_eq!((end.session.state(), &end.events[..]), ("Relay", &[][..]));
+        if dropped < 14 {
+            let all = [behind.welcome(Way::Resumed), live(changes, &behind.at)];
+            assert_eq!(end.sent, all);
+        } else {
+            let (revision, chain) = (behind.log.head(), behind.log.chain());
+            let changes = Changes(vec![Change::write("a", "1")]);
+            let last = ToClient::CatchUp { revision, changes };
+            let caught_up = ToClient::CaughtUp { revision, chain };
+            assert_eq!(end.sent, [behind.welcome(Way::Shortened), last, caught_up]);
+        }
+    }
+}
+
+#[test]
+fn much_is_not_shortened() {
+    let behind = Behind::new(1 << 20);
+    for (shorten_changes, shortens) in [(0, false), (25, false), (26, true)] {
+        let config = SessionConfig { shorten_changes, ..SessionConfig::default() };
+        let end = behind.subscribed(config);
+        if shortens {
+            assert!(matches!(end.events[..], [Event::Shorten(_)]));
+            continue;
+        }
+        let [welcome, live @ ..] = &end.sent[..] else { panic!() };
+        assert_eq!(*welcome, behind.welcome(Way::Resumed));
+        let frames: Vec<_> = live
+            .iter()
+            .map(|message| match message {
+                ToClient::Live { first, changes, .. } => (first.0, changes.0.len()),
+                other => panic!("{other:?}"),
+            })
+            .collect();
+        assert_eq!(frames, [(3, 20), (23, 3), (26, 3)]);
+        assert_eq!(end.events, []);
+    }
+}
+
+#[test]
+fn who_is_not_resumed_is_not_shortened() {
+    let behind = Behind::new(1 << 20);
+    for way in [Way::NoPosition, Way::OtherEpoch, Way::NotInLog, Way::OtherChain, Way::Ahead] {
+        let mut end = server_stage("subscribing");
+        let missed = behind.log.missed(behind.at.revision);
+        end.act_with_room(1, |session| session.handle_subscribed(behind.at, way, missed));
+        assert_eq!(end.sent, [behind.welcome(way)]);
+        assert_eq!((end.session.state(), end.events), ("Relay", vec![]));
+    }
+}
+
+#[test]
+fn what_counts_is_not_asked_for_twice() {
+    let behind = Behind::new(1 << 20);
+    for (stage, before) in server_stages() {
+        if stage != "shortening" {
+            let mut end = before.clone();
+            end.session.handle_shortened(behind.shortened());
+            assert_eq!(end.session, before.session, "{stage}");
+        }
+        if stage != "subscribing" {
+            let mut end = before.clone();
+            let missed = behind.log.missed(behind.at.revision);
+            end.session.handle_subscribed(behind.at, Way::Resumed, missed);
+            assert_eq!(end.session, before.session, "{stage}");
+        }
+    }
+}
+
+#[test]
+fn who_falls_off_the_log_is_not_caught_up() {
+    let limits = |end: &ServerEnd| end.session.max_frame_bytes();
+    // Before the first frame, between two, and behind the last.
+    for frames in 0..3 {
+        let mut behind = Behind::new(4096);
+        let mut end = behind.shortening();
+        let mut sent = vec![behind.welcome(Way::Shortened)];
+        sent.extend(behind.catch_up().into_iter().take(frames));
+        end.act_with_room(1 + frames, |session| session.handle_shortened(behind.shortened()));
+        assert_eq!((&end.sent, end.session.state()), (&sent, "CatchUp"));
+        assert_eq!(limits(&end), Limits::default().frame_bytes);
+        let (last, at) = behind.shortened().end();
+        // Takes the place of all that was before, and of one that came behind the end.
+        behind.write(&[Change::write("big", vec![0; 5000])]);
+        behind.write(&[Change::write("big", vec![1; 5000])]);
+        end.log = behind.log.clone();
+        end.act(|_| {});
+        let (revision, chain) = (behind.log.head(), behind.log.chain());
+        let fell = ToClient::FellBehind { jumps: 1, revision, chain };
+        // Behind the last frame nothing of it is missing.
+        let caught_up = ToClient::CaughtUp { revision: last, chain: at };
+        let expected = if frames == 2 { vec![caught_up, fell] } else { vec![fell] };
+        assert_eq!(end.sent, expected, "{frames}");
+        assert_eq!(end.events, [Event::FellBehind(revision)]);
+        assert_eq!((end.session.state(), end.session.jumps()), ("Relay", 1));
+        // A diff comes next.
+        let ToServer::SyncReq { diff, full, root, len, max_deletes, .. } = sync_req(DIFF) else {
+            panic!()
+        };
+        end.message(ToServer::SyncReq { diff, jumps: 1, full, root, len, max_deletes });
+        assert_eq!(end.events, [Event::Admit(DIFF)]);
+    }
+    // While it is found out what counts, too.
+    let mut behind = Behind::new(4096);
+    let (mut end, shortened) = (behind.shortening(), behind.shortened());
+    behind.write(&[Change::write("big", vec![0; 5000])]);
+    end.log = behind.log.clone();
+    end.act(|session| session.handle_shortened(shortened));
+    let (revision, chain) = (behind.log.head(), behind.log.chain());
+    let fell = ToClient::FellBehind { jumps: 1, revision, chain };
+    assert_eq!(end.sent, [behind.welcome(Way::Shortened), fell]);
+}
+
+#[test]
+fn a_shortened_catch_up_is_ended_in_the_middle() {
+    let behind = Behind::new(1 << 20);
+    let farewell = || ToClient::Farewell { reason: Reason::Stopping, text: String::new() };
+    let refuse = || ToClient::Refuse { reason: Reason::Stopping, text: String::new() };
+    let here = || Event::Close(Close::Here { reason: Reason::Stopping, text: String::new() });
+
+    // Who stops sends what there is first; who closes does not.
+    let mut end = server_stage("catching up");
+    end.act(server::Session::handle_stop);
+    let [first, second, last] = behind.catch_up();
+    assert_eq!(end.sent, [first, second, last, farewell()]);
+    assert_eq!(end.events, [here()]);
+    let mut end = server_stage("catching up");
+    end.act_with_room(1, |_| {});
+    end.act(|session| session.handle_close(Reason::Stopping, ""));
+    assert_eq!((&end.sent[..], &end.events[..]), (&[farewell()][..], &[here()][..]));
+    end.act(|_| {});
+    assert_eq!(end.sent, []);
+
+    // Before Welcome both refuse, and what counts is no longer of use.
+    for act in [server::Session::handle_stop, |session: &mut server::Session| {
+        session.handle_close(Reason::Stopping, "");
+    }] {
+        let mut end = server_stage("shortening");
+        end.act(act);
+        assert_eq!((&end.sent[..], &end.events[..]), (&[refuse()][..], &[here()][..]));
+        end.act(|session| session.handle_shortened(behind.shortened()));
+        assert_eq!((end.session.state(), end.sent), ("Closed", vec![]));
+    }
+
+    // The follower leaves.
+    for stage in ["shortening", "catching up"] {
+        let mut end = server_stage(stage);
+        end.message(to_server("Farewell"));
+        assert_eq!((end.session.state(), end.sent), ("Closed", vec![]), "{stage}");
+    }
+}
+
+#[test]
+fn control_goes_before_what_was_missed_and_marks_behind_it() {
+    let behind = Behind::new(1 << 20);
+    let [first, second, last] = behind.catch_up();
+    let HeartbeatConfig { ping_after, dead_after } = HeartbeatConfig::default();
+    let mut end = server_stage("catching up");
+    end.log.set_checkpoint();
+    assert_eq!(end.session.poll_timeout(), Some(ping_after));
+    end.act_with_room(2, |session| {
+        session.handle_message(ToServer::Ping {}, NOW);
+        session.handle_timeout(ping_after);
+    });
+    assert_eq!(end.sent, [ToClient::Pong {}, ToClient::Ping {}]);
+    end.act(|_| {});
+    assert_eq!(end.sent, [first, second, last, ToClient::Mark { revision: Revision(28) }]);
+
+    let mut end = server_stage("catching up");
+    end.act(|session| session.handle_timeout(dead_after));
+    let text = String::new();
+    assert_eq!(end.sent, [ToClient::Farewell { reason: Reason::Silent, text }]);
+}
+
+#[test]
+fn a_shortened_catch_up_has_a_position_at_its_end() {
+    let mut end = client_stage("catching up");
+    assert!(end.session.is_catching_up());
+    assert_eq!((end.session.position(), end.session.stream()), (None, Some(start())));
+    for behind in [2, 5] {
+        let revision = START.plus(behind);
+        end.message(catch_up(revision));
+        let changes = [Change::write("a", "4"), Change::delete("b")];
+        let changes = changes.map(|change| (change.clone(), Digest::of(&change))).to_vec();
+        assert_eq!(end.outputs, [Output::CatchUp { revision, changes }]);
+        assert_eq!((end.session.position(), end.session.stream()), (None, Some(start())));
+    }
+    let revision = START.plus(7);
+    end.message(caught_up(revision));
+    assert_eq!(end.outputs, [Output::CaughtUp(revision)]);
+    assert!(!end.session.is_catching_up());
+    let at = Position { epoch: epoch(), revision, chain: END_CHAIN };
+    assert_eq!((end.session.position(), end.session.stream()), (Some(at), Some(at)));
+    // What comes live must follow it.
+    end.clone().message(live(revision.next(), Chain::START.tag())).closes("another chain");
+    end.clone().message(live(START.next(), END_CHAIN.tag())).closes("what was caught up with");
+    end.message(live(revision.next(), END_CHAIN.tag()));
+    assert_eq!(end.session.position().unwrap().revision, revision.next());
+
+    // Nothing came behind the position after all.
+    let mut end = client_stage("catching up");
+    end.message(ToClient::CaughtUp { revision: START, chain: Chain::START });
+    assert_eq!(end.session.position(), Some(start()));
+}
+
+#[test]
+fn a_refused_change_of_a_shortened_catch_up_leaves_no_position() {
+    let mut end = client_stage("catching up");
+    end.message(catch_up(START.plus(2)));
+    end.act(client::Session::handle_refused);
+    end.message(catch_up(START.plus(3)));
+    // Or it is known after the last word only.
+    let mut late = client_stage("catching up");
+    late.message(catch_up(START.plus(3)));
+    late.message(caught_up(START.plus(3)));
+    late.act(client::Session::handle_refused);
+    end.message(caught_up(START.plus(3)));
+    for mut end in [end, late] {
+        assert_eq!((end.session.state(), end.session.position()), ("Relay", None));
+        assert_eq!(end.message(ToClient::Mark { revision: START.plus(3) }).outputs, []);
+        diff_again(&mut end, DIFF);
+        assert_eq!(end.session.position(), end.session.stream());
+    }
+}
+
+#[test]
+fn who_fell_behind_in_a_shortened_catch_up_has_no_position() {
+    for missed in [0, 2] {
+        let mut end = client_stage("catching up");
+        if missed > 0 {
+            end.message(catch_up(START.plus(missed)));
+        }
+        end.message(to_client("FellBehind", &end.clone()));
+        assert_eq!(end.outputs, [Output::FellBehind(START.plus(5))]);
+        assert_eq!((end.session.state(), end.session.position()), ("Relay", None));
+        for message in [catch_up(START.plus(6)), caught_up(START.plus(6))] {
+            end.clone().message(message).closes("the catch-up goes on");
+        }
+        end.act(|session| {
+            assert_eq!(session.handle_diff(follower_tree(), false, u64::MAX), Ok(DIFF));
+        });
+        end.act(|session| session.handle_root(RootOf::Diff(DIFF), follower_tree().root()));
+        assert!(matches!(end.outputs[..], [Output::Send(ToServer::SyncReq { jumps: 1, .. })]));
+    }
+    let fell = |jumps, revision| ToClient::FellBehind { jumps, revision, chain: Chain::START };
+    client_closes("catching up", fell(2, START.plus(5)));
+    client_closes("catching up", fell(1, Revision(START.0 - 1)));
+}
+
+#[test]
+fn the_client_closes_on_what_does_not_belong_into_a_shortened_catch_up() {
+    let text = client_closes("catching up", live(START.next(), Chain::START.tag()));
+    assert_eq!(text, "Live must not come in state CatchUp");
+    let text = client_closes("catching up", ToClient::Mark { revision: START });
+    assert_eq!(text, "Mark must not come in state CatchUp");
+    let text = client_closes("catching up", caught_up(Revision(START.0 - 1)));
+    assert_eq!(text, "CaughtUp names revision 7, the stream stands at 8");
+    let mut end = client_stage("catching up");
+    end.message(caught_up(START.plus(3)));
+    let text = end.clone().message(caught_up(START.plus(3))).closes("the second");
+    assert_eq!(text, "CaughtUp must not come in state Relay");
+    let text = end.message(catch_up(START.plus(4))).closes("behind the end");
+    assert_eq!(text, "CatchUp must not come in state Relay");
+}
+
+#[test]
+fn who_is_resumed_is_where_it_said() {
+    let other = [
+        Position { epoch: Epoch::from_bytes([8; 16]), ..start() },
+        Position { revision: START.next(), ..start() },
+        Position { revision: Revision(START.0 - 1), ..start() },
+        Position { chain: END_CHAIN, ..start() },
+    ];
+    for way in [Way::Resumed, Way::Shortened] {
+        for at in other {
+            let mut end = ClientEnd::at(Limits::default(), Some(start()));
+            end.message(resumed(at, way)).closes("resumed elsewhere");
+            assert_eq!((end.session.stream(), end.session.position()), (None, None));
+        }
+        ClientEnd::new().message(resumed(start(), way)).closes("nothing was presented");
+    }
+    let mut end = ClientEnd::at(Limits::default(), Some(start()));
+    end.message(resumed(start(), Way::Resumed));
+    assert_eq!((end.session.state(), end.session.position()), ("Relay", Some(start())));
+}
+
+// Held repairs.
+
+#[test]
+fn the_server_holds_a_repair_that_deletes_too_much() {
+    // The repair of this fixture writes one key and deletes one.
+    let walked = |allowed| {
+        let mut end = server_stage("relay");
+        let ToServer::SyncReq { diff, jumps, full, root, len, .. } = sync_req(DIFF) else {
+            panic!()
+        };
+        let max_deletes = allowed;
+        end.message(ToServer::SyncReq { diff, jumps, full, root, len, max_deletes });
+        end.act(|session| session.handle_admitted(DIFF));
+        end.act(|session| session.handle_snapshot(DIFF, server_tree()));
+        let [Event::Walk { tree, root, len, full, .. }] = &end.events[..] else { panic!() };
+        let (mut walk, step) = Walk::new(tree.clone(), *root, *len, *full, 1 << 20);
+        end.act(|session| session.handle_step(DIFF, step));
+        end.message(to_server("SyncResponse"));
+        let step = walk.handle_answer(&an_answer()).unwrap();
+        end.act(|session| session.handle_step(DIFF, step));
+        end
+    };
+    let announced = || ToClient::SyncSeq { diff: DIFF, writes: 1, deletes: 1 };
+
+    let mut end = walked(0);
+    let held = ToClient::SyncAbort { diff: DIFF, reason: AbortReason::Held };
+    assert_eq!(end.sent, [announced(), held]);
+    let served = Served { rounds: 1, writes: 1, deletes: 1, ..Served::default() };
+    let ended = Event::EndDiff { diff: DIFF, aborted: Some(AbortReason::Held), served };
+    assert_eq!(end.events, [ended], "nothing is read");
+    assert_eq!(end.session.state(), "Relay");
+    // It may be asked for again.
+    end.message(sync_req(NEXT_DIFF));
+    assert_eq!(end.events, [Event::Admit(NEXT_DIFF)]);
+
+    for allowed in [1, 2, u64::MAX] {
+        let end = walked(allowed);
+        assert_eq!(end.sent, [announced()], "{allowed}");
+        assert!(matches!(end.events[..], [Event::Read { .. }]), "{allowed}");
+        assert_eq!(end.session.state(), "Diff");
+    }
+}
+
+/// Has asked for a diff of this tree, and been told what it comes to.
+fn announced(tree: &Tree, max_deletes: u64, writes: u64, deletes: u64) -> ClientEnd {
+    let mut end = client_stage("relay");
+    end.act(|session| {
+        assert_eq!(session.handle_diff(tree.clone(), false, max_deletes), Ok(DIFF));
+    });
+    end.act(|session| session.handle_root(RootOf::Diff(DIFF), tree.root()));
+    let [Output::Send(ToServer::SyncReq { max_deletes: asked, .. })] = end.outputs[..] else {
+        panic!()
+    };
+    assert_eq!(asked, max_deletes);
+    end.message(ToClient::SyncStart { diff: DIFF });
+    end.message(ToClient::SyncSeq { diff: DIFF, writes, deletes });
+    assert_eq!(end.session.state(), "PostDiff");
+    end
+}
+
+fn held() -> ToClient {
+    ToClient::SyncAbort { diff: DIFF, reason: AbortReason::Held }
+}
+
+/// Closed because of that, with nothing of the repair applied.
+fn closes_on_too_much(end: &ClientEnd, why: &str) {
+    let text = end.closes(why);
+    assert!(text.starts_with("malformed repair: "), "{why}: {text}");
+    assert!(text.contains("more keys than"), "{why}: {text}");
+    assert_eq!(end.outputs.len(), 2, "{why}");
+}
+
+#[test]
+fn the_client_says_what_was_held() {
+    for (allowed, deletes) in [(0, 1), (6, 7), (6, u64::MAX)] {
+        let mut end = announced(&follower_tree(), allowed, 5, deletes);
+        end.message(held());
+        assert_eq!(end.outputs, [Output::Held { diff: DIFF, writes: 5, deletes, keys: 2 }]);
+        assert_eq!((end.session.state(), end.session.position()), ("Relay", None));
+        end.act(|session| {
+            assert_eq!(session.handle_diff(follower_tree(), false, u64::MAX), Ok(NEXT_DIFF));
+        });
+    }
+    // Where nothing was missing nothing is.
+    let mut end = client_stage("verified");
+    end.act(|session| assert_eq!(session.handle_diff(server_tree(), true, 0), Ok(NEXT_DIFF)));
+    end.act(|session| session.handle_root(RootOf::Diff(NEXT_DIFF), server_tree().root()));
+    end.message(ToClient::SyncStart { diff: NEXT_DIFF });
+    end.message(ToClient::SyncSeq { diff: NEXT_DIFF, writes: 0, deletes: 2 });
+    end.message(ToClient::SyncAbort { diff: NEXT_DIFF, reason: AbortReason::Held });
+    assert_eq!(end.outputs, [Output::Held { diff: NEXT_DIFF, writes: 0, deletes: 2, keys: 2 }]);
+    assert_eq!(end.session.position(), end.session.stream());
+    assert!(end.session.position().is_some());
+}
+
+#[test]
+fn the_client_closes_on_what_is_held_without_reason() {
+    for (allowed, deletes) in [(0, 0), (1, 1), (2, 1), (u64::MAX, u64::MAX)] {
+        let mut end = announced(&follower_tree(), allowed, 1, deletes);
+        let text = end.message(held()).closes("few deletes");
+        assert_eq!(text, "SyncAbort must not come in state PostDiff");
+    }
+    for stage in ["preparing", "waiting", "diff", "answering", "answered", "announced", "repaired"]
+    {
+        client_closes(stage, held());
+    }
+    // Of another diff.
+    let other = ToClient::SyncAbort { diff: NEXT_DIFF, reason: AbortReason::Held };
+    announced(&follower_tree(), 0, 1, 1).message(other).closes("another diff");
+}
+
+#[test]
+fn the_client_closes_on_a_repair_that_should_have_been_held() {
+    // Be it one that deletes nothing.
+    for message in [
+        repair(vec![], 6, &prefix_of("c")),
+        repair(vec![Change::write("b", "2")], 1, &[]),
+        repair(vec![], 1, &[]),
+    ] {
+        let mut end = announced(&follower_tree(), 0, 1, 1);
+        closes_on_too_much(end.message(message), "held");
+    }
+    // One that deletes as much as is allowed is applied.
+    let mut end = announced(&follower_tree(), 1, 1, 1);
+    end.message(repair(vec![], 6, &prefix_of("c")));
+    assert!(matches!(end.outputs[..], [Output::Repair { .. }]));
+}
+
+#[test]
+fn the_client_closes_on_prefixes_that_hit_more_keys_than_allowed() {
+    let tree = Tree::build((0..20_000_u16).map(|n| (n.to_be_bytes(), "value")));
+    let hits = |first: u8| {
+        let below = |entry: &&tablecast_protocol::Entry| entry.key_hash().as_bytes()[0] == first;
+        tree.iter().filter(below).count() as u64
+    };
+    let (one, two) = (hits(1), hits(2));
+    assert!(one > 20 && two > 20);
+    // Keys whose hashes begin alike are counted once by the server: some more are let through.
+    let least = |hits| (1_u64..).find(|most| most + most / 8 + 16 >= hits).unwrap();
+    let prefix = |first: u8| repair(vec![], 1, &[first]);
+
+    // One short prefix, which was announced as one.
+    let mut end = announced(&tree, least(one), 0, 1);
+    end.message(prefix(1));
+    let [Output::Repair { changes, .. }] = &end.outputs[..] else { panic!() };
+    assert_eq!(changes.len() as u64, one);
+    let mut end = announced(&tree, least(one) - 1, 0, 1);
+    closes_on_too_much(end.message(prefix(1)), "one too many");
+
+    // Two in one repair, and in two.
+    let all = one + two;
+    for (allowed, closes) in [(least(all), false), (least(all) - 1, true)] {
+        let mut together = announced(&tree, allowed, 0, 2);
+        together.message(repair(vec![], 1, &[1, 2]));
+        let mut apart = announced(&tree, allowed, 0, 2);
+        apart.message(prefix(1));
+        apart.act(|session| session.handle_repaired(DIFF, 0, 0));
+        apart.message(prefix(2));
+        for end in [together, apart] {
+            if closes {
+                closes_on_too_much(&end, "one too many");
+            } else {
+                assert!(matches!(end.outputs[..], [Output::Repair { .. }]));
+            }
+        }
+    }
+}
+
 // How large what is sent may be.
 
 #[test]
@@ -1120,7 +1863,10 @@ fn repairs_hold_what_a_frame_does() {
     let mut end = ServerEnd::new();
     end.session = server::Session::new(config, FollowerId(1), NOW);
     end.message(ToServer::hello("", &limits, None));
-    end.act(|session| session.handle_subscribed(table.position().unwrap(), Way::NoPosition));
+    end.act(|session| {
+        let at = table.position().unwrap();
+        session.handle_subscribed(at, Way::NoPosition, no_log().missed(at.revision));
+    });
     end.message(sync_req(DIFF));
     end.act(|session| session.handle_admitted(DIFF));
     end.act(|session| session.handle_snapshot(DIFF, table.tree().clone()));
@@ -1158,7 +1904,7 @@ fn repairs_hold_what_a_frame_does() {
 #[test]
 fn the_client_ignores_verify_of_a_mark_that_it_did_not_take() {
     let verify = |revision| ToClient::Verify { revision, root: server_tree().root() };
-    for stage in ["relay", "preparing", "waiting", "diff", "announced", "verified"] {
+    for stage in ["catching up", "relay", "preparing", "waiting", "diff", "announced", "verified"] {
         let mut end = client_stage(stage);
         let state = end.session.state();
         assert_eq!(end.message(verify(START)).outputs, [], "{stage}");
@@ -1175,7 +1921,10 @@ fn a_mark_is_taken_where_nothing_is_missing() {
         assert_eq!(client_stage(stage).message(mark.clone()).outputs, [], "{stage}");
     }
     let mut end = client_stage("verified");
-    assert_eq!(end.message(mark.clone()).outputs, [Output::Mark(START)]);
+    assert_eq!(
+        end.message(mark.clone()).outputs,
+        [Output::Mark { revision: START, ends_diff: false }]
+    );
     let root = server_tree().root();
     end.act(|session| session.handle_root(RootOf::Mark(START), root));
     end.message(ToClient::Verify { revision: START, root: follower_tree().root() });
@@ -1223,11 +1972,12 @@ fn a_diff_begins_when_the_one_before_is_verified() {
     for (stage, _) in client_stages() {
         let mut end = client_stage(stage);
         let mut diff = None;
-        end.act(|session| diff = Some(session.handle_diff(follower_tree(), true)));
+        end.act(|session| diff = Some(session.handle_diff(follower_tree(), true, u64::MAX)));
         let expected = match stage {
             "hello" | "closed" => Err(NotNow::Disconnected),
             "relay" => Ok(DIFF),
             "verified" => Ok(NEXT_DIFF),
+            "catching up" => Err(NotNow::CatchingUp),
             _ => Err(NotNow::AlreadyDiffing),
         };
         assert_eq!(diff, Some(expected), "{stage}");
@@ -1274,7 +2024,7 @@ fn the_client_refuses_other_versions_trees_and_limits() {
 fn the_server_asks_then_gives_up() {
     let HeartbeatConfig { ping_after, dead_after } = HeartbeatConfig::default();
     let moment = Duration::from_millis(1);
-    for stage in ["subscribing", "relay", "queued", "asked", "repaired", "done"] {
+    for stage in ["subscribing", "shortening", "relay", "queued", "asked", "repaired", "done"] {
         let mut end = server_stage(stage);
         assert_eq!(end.session.poll_timeout(), Some(ping_after));
         end.act(|session| session.handle_timeout(ping_after - moment));
@@ -1287,7 +2037,9 @@ fn the_server_asks_then_gives_up() {
         end.act(|session| session.handle_timeout(dead_after));
         assert_eq!(end.closed().unwrap().0, Reason::Silent, "{stage}");
         let said = match &end.sent[..] {
-            [ToClient::Refuse { reason, .. }] if stage == "subscribing" => reason,
+            [ToClient::Refuse { reason, .. }] if ["subscribing", "shortening"].contains(&stage) => {
+                reason
+            }
             [ToClient::Farewell { reason, .. }] => reason,
             other => panic!("{stage}: {other:?}"),
         };
@@ -1338,7 +2090,8 @@ fn a_diff_in_which_nothing_happens_gives_its_place_back() {
 fn the_client_asks_then_gives_up() {
     let HeartbeatConfig { ping_after, dead_after } = HeartbeatConfig::default();
     let moment = Duration::from_millis(1);
-    for stage in ["relay", "preparing", "waiting", "answering", "announced", "done"] {
+    for stage in ["catching up", "relay", "preparing", "waiting", "answering", "announced", "done"]
+    {
         let mut end = client_stage(stage);
         assert_eq!(end.session.poll_timeout(), Some(ping_after));
         end.act(|session| session.handle_timeout(ping_after - moment));
@@ -1406,13 +2159,13 @@ fn whatever_is_heard_counts() {
 
 #[test]
 fn a_ping_is_answered() {
-    for stage in ["subscribing", "relay", "asked"] {
+    for stage in ["subscribing", "shortening", "relay", "asked"] {
         let mut end = server_stage(stage);
         // However many were asked before there was room.
         end.act(|session| (0..40).for_each(|_| session.handle_message(ToServer::Ping {}, NOW)));
         assert_eq!(end.sent, [ToClient::Pong {}], "{stage}");
     }
-    for stage in ["hello", "relay", "diff", "announced"] {
+    for stage in ["hello", "catching up", "relay", "diff", "announced"] {
         let mut end = client_stage(stage);
         end.message(ToClient::Ping {});
         assert_eq!(end.outputs, [Output::Send(ToServer::Pong {})], "{stage}");

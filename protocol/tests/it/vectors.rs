@@ -121,10 +121,15 @@ fn node_query() -> Query {
 #[test]
 fn messages_to_the_server() {
     let diff = DiffId(1);
+    let sync_req = |max_deletes| {
+        let (root, len) = (hash(0x40), 40);
+        ToServer::SyncReq { diff, jumps: 0, full: false, root, len, max_deletes }
+    };
     let vectors = [
         ("", ToServer::hello("edge-1", &Limits::default(), None)),
         (".position", ToServer::hello("", &Limits::default(), Some(position()))),
-        ("", ToServer::SyncReq { diff, jumps: 0, full: false, root: hash(0x40), len: 40 }),
+        ("", sync_req(1000)),
+        (".unbounded", sync_req(u64::MAX)),
         ("", {
             let answer = answer(&numbered(40), &node_query(), 1 << 20).unwrap();
             ToServer::SyncResponse { diff, answer: Raw(answer) }
@@ -143,21 +148,20 @@ fn messages_to_the_client() {
     let diff = DiffId(1);
     let Position { epoch, revision, chain } = position();
     let limits = Limits::default();
+    let welcome = |way| ToClient::Welcome {
+        version: VERSION,
+        tree: 1,
+        epoch,
+        revision,
+        chain,
+        frame_bytes: limits.frame_bytes as u64,
+        key_bytes: limits.key_bytes as u64,
+        value_bytes: limits.value_bytes as u64,
+        way,
+    };
     let vectors = [
-        (
-            "",
-            ToClient::Welcome {
-                version: VERSION,
-                tree: 1,
-                epoch,
-                revision,
-                chain,
-                frame_bytes: limits.frame_bytes as u64,
-                key_bytes: limits.key_bytes as u64,
-                value_bytes: limits.value_bytes as u64,
-                way: Way::NotInLog,
-            },
-        ),
+        ("", welcome(Way::NotInLog)),
+        (".shortened", welcome(Way::Shortened)),
         (
             "",
             ToClient::Refuse {
@@ -211,10 +215,19 @@ fn messages_to_the_client() {
             },
         ),
         ("", ToClient::SyncAbort { diff, reason: AbortReason::Updated }),
+        (".held", ToClient::SyncAbort { diff, reason: AbortReason::Held }),
         ("", ToClient::Verify { revision: Revision(70_000), root: hash(0x40) }),
         ("", ToClient::Ping {}),
         ("", ToClient::Pong {}),
         ("", ToClient::Mark { revision: Revision(70_000) }),
+        (
+            "",
+            ToClient::CatchUp {
+                revision: Revision(70_000),
+                changes: Changes(vec![Change::write("colour", "blue"), Change::delete("size")]),
+            },
+        ),
+        ("", ToClient::CaughtUp { revision: Revision(70_000), chain }),
     ];
     messages("to_client", ToClient::TAGS, &vectors);
 }

@@ -33,6 +33,30 @@ fn position() -> impl Strategy<Value = Position> {
     })
 }
 
+fn way() -> impl Strategy<Value = Way> {
+    proptest::sample::select(vec![
+        Way::Resumed,
+        Way::NoPosition,
+        Way::OtherEpoch,
+        Way::NotInLog,
+        Way::OtherChain,
+        Way::Ahead,
+        Way::Shortened,
+    ])
+}
+
+fn abort_reason() -> impl Strategy<Value = AbortReason> {
+    proptest::sample::select(vec![
+        AbortReason::FellBehind,
+        AbortReason::Stale,
+        AbortReason::Updated,
+        AbortReason::Walk,
+        AbortReason::Busy,
+        AbortReason::Stalled,
+        AbortReason::Held,
+    ])
+}
+
 fn to_server() -> impl Strategy<Value = ToServer> {
     let diff = any::<u32>().prop_map(DiffId);
     prop_oneof![
@@ -41,8 +65,10 @@ fn to_server() -> impl Strategy<Value = ToServer> {
             &Limits::default(),
             position
         )),
-        (diff.clone(), any::<u32>(), any::<bool>(), hash(), any::<u64>()).prop_map(
-            |(diff, jumps, full, root, len)| ToServer::SyncReq { diff, jumps, full, root, len }
+        (diff.clone(), any::<u32>(), any::<bool>(), hash(), any::<u64>(), any::<u64>()).prop_map(
+            |(diff, jumps, full, root, len, max_deletes)| {
+                ToServer::SyncReq { diff, jumps, full, root, len, max_deletes }
+            }
         ),
         (diff.clone(), bytes())
             .prop_map(|(diff, answer)| ToServer::SyncResponse { diff, answer: Raw(answer) }),
@@ -59,7 +85,7 @@ fn to_client() -> impl Strategy<Value = ToClient> {
     let diff = any::<u32>().prop_map(DiffId);
     let changes = || proptest::collection::vec(change(), 0..20).prop_map(Changes);
     prop_oneof![
-        (position(), any::<u64>()).prop_map(|(position, bytes)| ToClient::Welcome {
+        (position(), any::<u64>(), way()).prop_map(|(position, bytes, way)| ToClient::Welcome {
             version: VERSION,
             tree: 1,
             epoch: position.epoch,
@@ -68,7 +94,7 @@ fn to_client() -> impl Strategy<Value = ToClient> {
             frame_bytes: bytes,
             key_bytes: bytes,
             value_bytes: bytes,
-            way: Way::NotInLog,
+            way,
         }),
         ".{0,20}".prop_map(|text| ToClient::Refuse { reason: Reason::Full, text }),
         ".{0,20}".prop_map(|text| ToClient::Farewell { reason: Reason::Silent, text }),
@@ -105,10 +131,18 @@ fn to_client() -> impl Strategy<Value = ToClient> {
             suppressed: 3,
             failed: 1
         }),
-        diff.prop_map(|diff| ToClient::SyncAbort { diff, reason: AbortReason::Updated }),
+        (diff, abort_reason()).prop_map(|(diff, reason)| ToClient::SyncAbort { diff, reason }),
         (any::<u64>(), hash())
             .prop_map(|(revision, root)| ToClient::Verify { revision: Revision(revision), root }),
         any::<u64>().prop_map(|revision| ToClient::Mark { revision: Revision(revision) }),
+        (any::<u64>(), changes()).prop_map(|(revision, changes)| ToClient::CatchUp {
+            revision: Revision(revision),
+            changes
+        }),
+        position().prop_map(|position| ToClient::CaughtUp {
+            revision: position.revision,
+            chain: position.chain
+        }),
         Just(ToClient::Ping {}),
         Just(ToClient::Pong {}),
     ]
@@ -271,6 +305,44 @@ fn a_refusal_of_a_later_version_is_heard() {
 }
 
 #[test]
+fn codes_that_this_version_does_not_have_are_refused() {
+    let limits = Limits::default();
+    let held = ToClient::SyncAbort { diff: DiffId(1), reason: AbortReason::Held };
+    assert_eq!(wire::decode(&[0x93, 10, 1, 6], &limits), Ok(held));
+    assert!(wire::decode::<ToClient>(&[0x93, 10, 1, 7], &limits).is_err());
+    let mut welcome = payload(&ToClient::Welcome {
+        version: VERSION,
+        tree: 1,
+        epoch: Epoch::from_bytes([7; 16]),
+        revision: Revision(1),
+        chain: Chain::START,
+        frame_bytes: 0,
+        key_bytes: 0,
+        value_bytes: 0,
+        way: Way::Shortened,
+    });
+    assert_eq!(welcome.pop(), Some(6));
+    welcome.push(7);
+    assert!(wire::decode::<ToClient>(&welcome, &limits).is_err());
+}
+
+#[test]
+fn a_diff_is_not_asked_for_without_a_bound() {
+    let (diff, root) = (DiffId(1), Hash::from_bytes([1; 24]));
+    let mut bytes =
+        payload(&ToServer::SyncReq { diff, jumps: 0, full: false, root, len: 1, max_deletes: 9 });
+    assert!(wire::decode::<ToServer>(&bytes, &Limits::default()).is_ok());
+    // One field less, and said so; and nil for it.
+    assert_eq!((bytes[0], bytes.pop()), (0x97, Some(9)));
+    let nil = [&bytes[..], &[0xc0]].concat();
+    bytes[0] = 0x96;
+    for bytes in [bytes, nil] {
+        let error = wire::decode::<ToServer>(&bytes, &Limits::default()).unwrap_err();
+        assert!(matches!(error, DecodeError::Malformed { .. }), "{error:?}");
+    }
+}
+
+#[test]
 fn declared_lengths_cost_nothing() {
     let limits = Limits::default();
     let hostile: &[&[u8]] = &[
@@ -301,6 +373,13 @@ fn text_and_numbers_are_no_bytes() {
     let array = [&[0x93, 11, 1, 0xdc, 0, 24][..], &[1; 24]].concat();
     assert!(wire::decode::<ToClient>(&text, &Limits::default()).is_err());
     assert!(wire::decode::<ToClient>(&array, &Limits::default()).is_err());
+    // The chain of a CaughtUp is whole: not the tag of one, either.
+    let raw = |length: u8| [&[0x93, 16, 1, 0xc4, length][..], &vec![1; length.into()]].concat();
+    assert!(wire::decode::<ToClient>(&raw(24), &Limits::default()).is_ok());
+    let text = [&[0x93, 16, 1, 0xb8][..], &[1; 24]].concat();
+    for bytes in [raw(8), raw(23), raw(25), text] {
+        assert!(wire::decode::<ToClient>(&bytes, &Limits::default()).is_err());
+    }
 }
 
 #[test]
@@ -310,15 +389,23 @@ fn too_many_changes_and_too_long_values_are_refused() {
         before: Chain::START.tag(),
         changes: Changes(changes),
     };
-    let many = payload(&live(vec![Change::delete(""); MAX_CHANGES + 1]));
-    assert!(matches!(
-        wire::decode::<ToClient>(&many, &Limits::default()),
-        Err(DecodeError::Malformed { .. })
-    ));
-    let limits = Limits { value_bytes: 3, ..Limits::default() };
-    let long = payload(&live(vec![Change::write("k", "four")]));
-    let error = wire::decode::<ToClient>(&long, &limits).unwrap_err();
-    assert_eq!(error.to_string(), "value of 4 bytes is above the limit of 3");
+    let catch_up = |changes| ToClient::CatchUp { revision: Revision(1), changes: Changes(changes) };
+    let limits = Limits { key_bytes: 2, value_bytes: 3, ..Limits::default() };
+    for message in [&live as &dyn Fn(Vec<Change>) -> ToClient, &catch_up] {
+        let many = payload(&message(vec![Change::delete(""); MAX_CHANGES + 1]));
+        assert!(matches!(
+            wire::decode::<ToClient>(&many, &Limits::default()),
+            Err(DecodeError::Malformed { .. })
+        ));
+        let refused = |change| {
+            let long = payload(&message(vec![change]));
+            wire::decode::<ToClient>(&long, &limits).unwrap_err().to_string()
+        };
+        let error = refused(Change::write("k", "four"));
+        assert_eq!(error, "value of 4 bytes is above the limit of 3");
+        let error = refused(Change::delete("key"));
+        assert_eq!(error, "key of 3 bytes is above the limit of 2");
+    }
 }
 
 #[test]

@@ -1,0 +1,5 @@
+//! The actors together in one process, without handles and sockets.
+
+#![allow(missing_docs, clippy::unwrap_used, clippy::indexing_slicing, reason = "tests may panic")]
+
+mod storm;
