@@ -1,6 +1,6 @@
 //! Connections end; nothing is lost by that.
 
-use tablecast::{Event, MemoryStore, Server, ServerConfig, Way};
+use tablecast::{Event, Key, MemoryStore, Server, ServerConfig, Value, Way};
 use tokio::sync::broadcast::Receiver;
 
 use crate::harness::{
@@ -258,4 +258,47 @@ async fn a_stopped_follower_goes_on_where_it_was() {
     assert_eq!(way(&mut events).await, Way::NoPosition);
     assert_eq!(report(&mut events).await.deleted, 1);
     assert_eq!(client.status().await.unwrap().way, Some(Way::NoPosition));
+}
+
+/// Keys of 16 bytes, values of 32.
+fn entry(number: u32, value: u8) -> (Key, Value) {
+    (format!("{number:016}").into(), vec![value; 32].into())
+}
+
+#[actix_rt::test]
+async fn an_outage_costs_the_bytes_of_what_was_missed() {
+    const KEYS: u32 = 50_000;
+    const MISSED: u64 = 10_000;
+    for (log_bytes, ways) in [(64 << 20, Way::Resumed), (10_000, Way::NotInLog)] {
+        let store: MemoryStore = (0..KEYS).map(|number| entry(number, 0)).collect();
+        let config = ServerConfig { log_bytes, ..ServerConfig::default() };
+        let (server, address) = serve(config, store.clone()).await;
+        let proxy = Proxy::start(address).await;
+        let same: MemoryStore = crate::harness::entries(&store).into_iter().collect();
+        let client = follower(proxy.address, same);
+        assert!(connect(&client).await.equal());
+        let mut events = client.events().await.unwrap();
+        proxy.set(Gate::Cut);
+        event(&mut events, |event| matches!(event, Event::Disconnected(_)).then_some(())).await;
+        let before = client.status().await.unwrap();
+        let missed = (0..KEYS).step_by(5).map(|number| entry(number, 1));
+        for (key, value) in missed {
+            server.write(key, value).await.unwrap();
+        }
+        proxy.set(Gate::Open);
+        assert_eq!(way(&mut events).await, ways);
+        let changes = 48 * MISSED;
+        let most = if ways == Way::Resumed {
+            changes * 11 / 10 + 5 * MISSED
+        } else {
+            // What the walk asks, and the changed keys with their values; the answers go the other way.
+            let report = report(&mut events).await;
+            assert_eq!((report.written, report.deleted), (MISSED, 0));
+            changes * 11 / 10 + 5 * MISSED + 30_000
+        };
+        assert_converges(&server, &client).await;
+        let after = client.status().await.unwrap();
+        let received = after.bytes_received - before.bytes_received;
+        assert!((changes..most).contains(&received), "{ways}: {received} bytes, at most {most}");
+    }
 }
