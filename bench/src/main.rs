@@ -8,6 +8,7 @@
 mod diff;
 mod process;
 mod report;
+mod storm;
 mod stream;
 mod tree;
 
@@ -29,6 +30,8 @@ enum Question {
     Diff(diff::Args),
     /// Live changes from a server to many followers over TCP.
     Stream(stream::Args),
+    /// Many followers that come back at once to a server that was restarted.
+    Storm(storm::Args),
     /// The memory of one tree, for `tree`, in a process of its own.
     #[command(hide = true)]
     TreeMemory(tree::MemoryArgs),
@@ -42,6 +45,7 @@ fn main() -> anyhow::Result<()> {
         Question::Tree(args) => tree::run(&args)?.print(args.json),
         Question::Diff(args) => block_on(diff::run(&args))?.print(args.json),
         Question::Stream(args) => stream::run(&args)?.print(args.json),
+        Question::Storm(args) => storm::run(&args)?.print(args.json),
         Question::TreeMemory(args) => tree::run_memory(&args),
         Question::StreamServer(args) => block_on(stream::server::run(&args)),
     }

@@ -50,6 +50,13 @@ fn equal_tables() {
 }
 
 #[test]
+fn storm() {
+    let answer = ask("storm --followers 20 --keys 100 --differ 10 --quiet-writes 10 --json");
+    assert_positive(&answer, &["quiet_p99_ms", "storm_p99_ms", "repaired_all_ms"]);
+    assert!(answer["most_diffs_running"].as_u64().unwrap() <= 4, "{answer}");
+}
+
+#[test]
 fn stream() {
     let answer =
         ask("stream --followers 3 --writes 5000 --keys 100 --paced-writes 50 --sampled 2 --json");
