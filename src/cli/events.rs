@@ -7,13 +7,15 @@
 use std::fmt;
 use std::io::{self, BufWriter, ErrorKind, Write};
 use std::net::SocketAddr;
+use std::time::Duration;
 
 use serde::Serialize;
 use tokio::sync::{mpsc, oneshot};
 
 use super::STOP_TIMEOUT;
 use super::ndjson::Fields;
-use crate::{Change, DiffReport, Hash, Position, Revision, Way};
+use super::verify::Verdict;
+use crate::{Change, DiffReport, Hash, Key, Position, Progress, Revision, Way};
 
 /// How many events wait to be written. Then the next one waits, and a follower's events with it.
 const WAITING: usize = 64;
@@ -25,15 +27,33 @@ const SHOWN_BYTES: usize = 100;
 #[derive(Debug)]
 pub(super) enum Event {
     /// The server serves.
-    Ready { listen: SocketAddr, keys: usize, revision: Revision, root: Hash },
+    Ready {
+        listen: SocketAddr,
+        http: Option<SocketAddr>,
+        keys: usize,
+        revision: Revision,
+        root: Hash,
+    },
+    /// The follower answers HTTP.
+    Started { http: SocketAddr },
     /// The handshake is through.
     Connected(Position, Way),
     /// The connection ended.
     Disconnected { reason: String },
+    /// How far a diff is.
+    Progress(Progress),
     /// A diff was done.
     Diff(DiffReport),
+    /// A diff would have deleted too much, and changed nothing.
+    Held { writes: u64, deletes: u64, keys: u64 },
+    /// The table was changed behind the follower's back.
+    Corrupt { keys: usize, example: Key },
+    /// A file was compared with a server's table.
+    Verified(Verdict),
     /// A change was applied.
     Change { change: Change, revision: Revision, repair: bool },
+    /// Something is not as it was asked for.
+    Warning { message: String },
     /// Something is wrong.
     Error { message: String },
 }
@@ -97,8 +117,12 @@ impl Output {
 }
 
 /// Says what is wrong to people. A stderr that is closed is nobody's.
-fn complain(message: impl fmt::Display) {
+pub(super) fn complain(message: impl fmt::Display) {
     drop(writeln!(io::stderr().lock(), "error: {message}"));
+}
+
+fn warn(message: impl fmt::Display) {
+    drop(writeln!(io::stderr().lock(), "warning: {message}"));
 }
 
 fn write_all(mut events: mpsc::Receiver<Event>, json: bool) -> io::Result<()> {
@@ -122,6 +146,12 @@ fn write(out: &mut impl Write, event: &Event, json: bool) -> io::Result<()> {
         }
         tracing::error!("{message}");
     }
+    if let Event::Warning { message } = event
+        && !json
+    {
+        warn(message);
+        return Ok(());
+    }
     if json {
         serde_json::to_writer(&mut *out, &Json::from(event))?;
         writeln!(out)
@@ -136,9 +166,14 @@ fn write(out: &mut impl Write, event: &Event, json: bool) -> io::Result<()> {
 enum Json<'a> {
     Ready {
         listen: SocketAddr,
+        #[serde(skip_serializing_if = "Option::is_none")]
+        http: Option<SocketAddr>,
         keys: usize,
         revision: u64,
         root: String,
+    },
+    Started {
+        http: SocketAddr,
     },
     Connected {
         epoch: String,
@@ -148,6 +183,22 @@ enum Json<'a> {
     Disconnected {
         reason: &'a str,
     },
+    Progress {
+        phase: String,
+        rounds: u32,
+        done: u64,
+        total: u64,
+    },
+    Held {
+        writes: u64,
+        deletes: u64,
+        keys: u64,
+    },
+    Corrupt {
+        keys: usize,
+        example: Fields<'a>,
+    },
+    Verified(&'a Verdict),
     Diff {
         rounds: u32,
         bytes_sent: u64,
@@ -156,6 +207,7 @@ enum Json<'a> {
         deleted: u64,
         suppressed: u64,
         failed: u64,
+        waited_ms: u64,
         elapsed_ms: u64,
         revision: u64,
         root: String,
@@ -168,26 +220,48 @@ enum Json<'a> {
         revision: u64,
         repair: bool,
     },
+    Warning {
+        message: &'a str,
+    },
     Error {
         message: &'a str,
     },
 }
 
+fn milliseconds(duration: Duration) -> u64 {
+    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
+}
+
 impl<'a> From<&'a Event> for Json<'a> {
     fn from(event: &'a Event) -> Self {
         match event {
-            Event::Ready { listen, keys, revision, root } => Self::Ready {
+            Event::Ready { listen, http, keys, revision, root } => Self::Ready {
                 listen: *listen,
+                http: *http,
                 keys: *keys,
                 revision: revision.0,
                 root: root.to_string(),
             },
+            Event::Started { http } => Self::Started { http: *http },
             Event::Connected(at, way) => Self::Connected {
                 epoch: at.epoch.to_string(),
                 revision: at.revision.0,
                 way: way.to_string(),
             },
             Event::Disconnected { reason } => Self::Disconnected { reason },
+            Event::Progress(Progress { phase, rounds, done, total }) => Self::Progress {
+                phase: format!("{phase:?}").to_lowercase(),
+                rounds: *rounds,
+                done: *done,
+                total: *total,
+            },
+            Event::Held { writes, deletes, keys } => {
+                Self::Held { writes: *writes, deletes: *deletes, keys: *keys }
+            }
+            Event::Corrupt { keys, example } => {
+                Self::Corrupt { keys: *keys, example: Fields::of_key(example) }
+            }
+            Event::Verified(verdict) => Self::Verified(verdict),
             Event::Diff(report) => Self::Diff {
                 rounds: report.rounds,
                 bytes_sent: report.bytes_sent,
@@ -196,7 +270,8 @@ impl<'a> From<&'a Event> for Json<'a> {
                 deleted: report.deleted,
                 suppressed: report.suppressed,
                 failed: report.failed,
-                elapsed_ms: u64::try_from(report.elapsed.as_millis()).unwrap_or(u64::MAX),
+                waited_ms: milliseconds(report.waited),
+                elapsed_ms: milliseconds(report.elapsed),
                 revision: report.revision.0,
                 root: report.root.to_string(),
                 server_root: report.server_root.to_string(),
@@ -207,6 +282,7 @@ impl<'a> From<&'a Event> for Json<'a> {
                 revision: revision.0,
                 repair: *repair,
             },
+            Event::Warning { message } => Self::Warning { message },
             Event::Error { message } => Self::Error { message },
         }
     }
@@ -216,12 +292,29 @@ impl<'a> From<&'a Event> for Json<'a> {
 impl fmt::Display for Event {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Ready { listen, keys, revision, root } => {
-                write!(f, "ready at {listen}: {keys} keys at revision {revision}, root {root}")
+            Self::Ready { listen, http, keys, revision, root } => {
+                write!(f, "ready at {listen}: {keys} keys at revision {revision}, root {root}")?;
+                http.map_or(Ok(()), |http| write!(f, "; HTTP at {http}"))
             }
-            Self::Connected(at, _) => {
-                write!(f, "connected to history {} at revision {}", at.epoch, at.revision)
+            Self::Started { http } => write!(f, "HTTP at {http}"),
+            Self::Connected(at, way) => {
+                let Position { epoch, revision, .. } = at;
+                write!(f, "connected to history {epoch} at revision {revision}: {way}")
             }
+            Self::Progress(Progress { phase, rounds, done, total }) => {
+                write!(f, "{phase:?}: {rounds} rounds, {done} of {total} keys")
+            }
+            Self::Held { writes, deletes, keys } => write!(
+                f,
+                "held: a repair would write {writes} keys and delete {deletes} of {keys}; \
+                 --allow-mass-delete lets it"
+            ),
+            Self::Corrupt { keys, example } => write!(
+                f,
+                "{keys} keys were changed behind the follower's back, {} among them",
+                Shown(example)
+            ),
+            Self::Verified(verdict) => verdict.fmt(f),
             Self::Disconnected { reason } => write!(f, "disconnected: {reason}"),
             Self::Diff(report) => sentence(f, report),
             Self::Change { change, revision, repair } => {
@@ -234,14 +327,14 @@ impl fmt::Display for Event {
                     Change::Delete { key } => write!(f, "{} is gone", Shown(key)),
                 }
             }
-            Self::Error { message } => message.fmt(f),
+            Self::Warning { message } | Self::Error { message } => message.fmt(f),
         }
     }
 }
 
 fn sentence(f: &mut fmt::Formatter<'_>, report: &DiffReport) -> fmt::Result {
     let DiffReport { rounds, bytes_sent, bytes_received, revision, root, server_root, .. } = report;
-    let DiffReport { written, deleted, suppressed, failed, elapsed, .. } = report;
+    let DiffReport { written, deleted, suppressed, failed, waited, elapsed, .. } = report;
     if report.equal() {
         write!(f, "equal at revision {revision}, root {root}")?;
     } else {
@@ -250,12 +343,13 @@ fn sentence(f: &mut fmt::Formatter<'_>, report: &DiffReport) -> fmt::Result {
     write!(
         f,
         "; written {written}, deleted {deleted}, left to live changes {suppressed}, failed {failed}; \
-         rounds {rounds}, bytes sent {bytes_sent}, received {bytes_received}, in {elapsed:.1?}"
+         rounds {rounds}, bytes sent {bytes_sent}, received {bytes_received}, in {elapsed:.1?}, \
+         waited {waited:.1?} of it"
     )
 }
 
 /// Bytes in quotes, cut where they are long.
-struct Shown<'a>(&'a [u8]);
+pub(super) struct Shown<'a>(pub(super) &'a [u8]);
 
 impl fmt::Display for Shown<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

@@ -1,7 +1,7 @@
 //! Whole tables in files.
 
 use std::fs::File;
-use std::io::{BufReader, BufWriter, Write as _};
+use std::io::{self, BufReader, BufWriter, Write};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, ensure};
@@ -68,7 +68,7 @@ impl Iterator for Entries<'_> {
     }
 }
 
-/// Where a table is to be written when all is done.
+/// Where a file is to be written when all is done.
 #[derive(Debug)]
 pub(super) struct Dump {
     path: PathBuf,
@@ -98,10 +98,27 @@ impl Dump {
 
     /// Writes the table as it is, sorted by the keys' bytes. The file is as it was if that fails.
     pub(super) fn write(&self, table: &dyn Reader) -> anyhow::Result<()> {
-        self.try_write(table).with_context(|| format!("cannot write {}", self.path.display()))
+        self.replace(|out| {
+            for entry in table.snapshot() {
+                let (key, value) = entry.map_err(io::Error::other)?;
+                ndjson::write_entry(out, &key, &value)?;
+            }
+            Ok(())
+        })
     }
 
-    fn try_write(&self, table: &dyn Reader) -> anyhow::Result<()> {
+    /// Writes whatever is to be in the file. It is as it was if that fails.
+    pub(super) fn replace(
+        &self,
+        write: impl FnOnce(&mut dyn Write) -> io::Result<()>,
+    ) -> anyhow::Result<()> {
+        self.try_replace(write).with_context(|| format!("cannot write {}", self.path.display()))
+    }
+
+    fn try_replace(
+        &self,
+        write: impl FnOnce(&mut dyn Write) -> io::Result<()>,
+    ) -> anyhow::Result<()> {
         let mut builder = tempfile::Builder::new();
         builder.prefix(".tablecast-");
         // Like any new file: the umask takes from it.
@@ -109,10 +126,7 @@ impl Dump {
         builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
         let file = builder.tempfile_in(&self.directory)?;
         let mut out = BufWriter::with_capacity(BUFFER_BYTES, file);
-        for entry in table.snapshot() {
-            let (key, value) = entry?;
-            ndjson::write_entry(&mut out, &key, &value)?;
-        }
+        write(&mut out)?;
         out.flush()?;
         let file = out.into_inner()?;
         file.as_file().sync_all()?;

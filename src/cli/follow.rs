@@ -2,27 +2,38 @@
 
 use std::process::ExitCode;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use anyhow::anyhow;
+use tablecast_actors::client as actors;
 use tokio::sync::broadcast;
 use tokio::sync::broadcast::error::RecvError;
 
 use super::events::{Closed, Event, Output};
 use super::file::{self, Dump};
-use super::progress::Progress;
+use super::http::{Http, Table};
+use super::progress::DiffBar;
 use super::signals::Signals;
-use super::{Failure, Follow, STOP_TIMEOUT};
+use super::{Failure, Follow, STOP_TIMEOUT, resume};
 use crate::access::tcp::TcpAccess;
-use crate::{Client, ClientConfig, DiffOutcome, DiffReport, Error, Event as Happened};
+use crate::{
+    Client, ClientConfig, DiffAborted, DiffOutcome, DiffPhase, DiffReport, Error,
+    Event as Happened, MassDelete, MemoryStore, Position, Progress,
+};
 
 /// How many events the printing may lag behind the table. Then some are missed, which is said.
-const EVENT_CAPACITY: usize = 1 << 16;
+pub(super) const EVENT_CAPACITY: usize = 1 << 16;
+
+/// How often it is said how far a phase of a diff is.
+const PROGRESS_EVERY: Duration = Duration::from_millis(250);
 
 /// Why it leaves.
 #[derive(Debug)]
 enum Left {
     /// `--once`: a diff was done, and found both tables equal or not.
     Done { equal: bool },
+    /// `--once`: the repair is held.
+    Held,
     /// `--once`: not in time.
     TooLate,
     /// A signal.
@@ -35,41 +46,74 @@ pub(super) async fn run(args: &Follow, output: &Output) -> Result<ExitCode, Fail
     let dump = args.dump.as_deref().map(Dump::at).transpose()?;
     let store = file::load(args.load.as_deref())?;
     let mut signals = Signals::new()?;
+    let position = position(args, &store, output).await;
     let client = Client::start(config(args), store, TcpAccess::new(&*args.connect))?;
     let table = Arc::clone(client.reader());
+    if let Some(position) = position {
+        client.continue_from(position).await?;
+    }
+    let http = args.http.as_deref();
+    let http = http.map(|address| Http::start(address, Table::Follower(client.clone())));
+    let http = http.transpose()?;
+    if let Some(http) = &http {
+        // Nobody reads it: then that is noticed at the next event.
+        output.say(Event::Started { http: http.address }).await.ok();
+    }
     let events = client.events().await?;
     client.ready().await?;
-    let mut follower = Follower { args, client: &client, output, repairing: None };
+    let mut follower =
+        Follower { args, client: &client, output, bar: DiffBar::default(), said: None };
     let left = tokio::select! {
         left = follower.follow(events) => left,
         () = signals.recv() => Ok(Left::Told),
         () = tokio::time::sleep(args.timeout), if args.once => Ok(Left::TooLate),
     };
     drop(follower);
+    if let Some(http) = http {
+        http.stop().await;
+    }
     // It is of no consequence here if the farewell does not get through.
-    tokio::time::timeout(STOP_TIMEOUT, client.stop()).await.ok();
+    let position = tokio::time::timeout(STOP_TIMEOUT, client.stop()).await.ok().flatten();
     let left = left?;
     // A table that was to be compared and was not is none to be taken for the server's.
-    if let Some(dump) = dump
+    if let (Some(dump), Some(path)) = (dump, &args.dump)
         && (!args.once || matches!(left, Left::Done { .. }))
     {
         dump.write(&*table)?;
+        if args.resume {
+            resume::save(path, position, &*table)?;
+        }
     }
     verdict(args, &left)
 }
 
 fn config(args: &Follow) -> ClientConfig {
     ClientConfig {
-        name: "tablecast follow".to_owned(),
+        name: args.name.clone(),
         diff_every: args.diff_every,
+        mass_delete: (!args.allow_mass_delete).then(MassDelete::default),
+        scrub: !args.no_scrub,
         event_capacity: EVENT_CAPACITY,
         ..ClientConfig::default()
     }
 }
 
+/// Where the table stands that was loaded, if that is known.
+async fn position(args: &Follow, store: &MemoryStore, output: &Output) -> Option<Position> {
+    let path = args.load.as_deref().filter(|_| args.resume)?;
+    match resume::load(path, store) {
+        Ok(position) => position,
+        Err(error) => {
+            let message = format!("a diff is needed: {error:#}");
+            output.say(Event::Warning { message }).await.ok();
+            None
+        }
+    }
+}
+
 fn verdict(args: &Follow, left: &Left) -> Result<ExitCode, Failure> {
     match left {
-        Left::Done { equal: false } => Ok(ExitCode::FAILURE),
+        Left::Done { equal: false } | Left::Held => Ok(ExitCode::FAILURE),
         Left::TooLate => {
             let Follow { connect, timeout, .. } = args;
             Err(Failure::Work(anyhow!("no diff with {connect} was done within {timeout:?}")))
@@ -87,15 +131,23 @@ struct Follower<'a> {
     args: &'a Follow,
     client: &'a Client,
     output: &'a Output,
-    /// Since the first repair of a diff.
-    repairing: Option<Progress>,
+    bar: DiffBar,
+    /// What was said of a diff last, and when.
+    said: Option<(DiffPhase, Instant)>,
 }
 
 impl Follower<'_> {
     /// Says what happens until it is time to leave.
     async fn follow(&mut self, mut events: broadcast::Receiver<Happened>) -> Result<Left, Error> {
         loop {
-            let left = match events.recv().await {
+            let event = tokio::select! {
+                event = events.recv() => event,
+                () = self.bar.due() => {
+                    self.bar.show();
+                    continue;
+                }
+            };
+            let left = match event {
                 Ok(event) => self.happened(event).await,
                 Err(RecvError::Lagged(missed)) => self.missed(missed).await?,
                 Err(RecvError::Closed) => return Err(Error::Stopped),
@@ -110,24 +162,30 @@ impl Follower<'_> {
 
     async fn happened(&mut self, event: Happened) -> Result<Option<Left>, Closed> {
         let event = match event {
-            Happened::Connected(at, way) => Event::Connected(at, way),
+            Happened::Connected(at, way) => {
+                if self.args.once && way.resumes() {
+                    // It comes by itself otherwise. Its end is an event.
+                    self.client.actor().do_send(actors::Diff);
+                }
+                Event::Connected(at, way)
+            }
             Happened::Disconnected(reason) => {
-                self.repairing = None;
+                self.diff_ended();
                 Event::Disconnected { reason }
             }
-            Happened::Change { change, revision, repair } => {
-                if self.args.print {
-                    Event::Change { change, revision, repair }
-                } else {
-                    if repair {
-                        self.repaired();
-                    }
-                    return Ok(None);
-                }
+            Happened::Change { change, revision, repair } if self.args.print => {
+                Event::Change { change, revision, repair }
             }
+            Happened::Progress(progress) => return self.progress(progress).await,
+            Happened::Held { writes, deletes, keys } => {
+                self.diff_ended();
+                let said = self.output.say(Event::Held { writes, deletes, keys }).await;
+                return if self.args.once { Ok(Some(Left::Held)) } else { said.map(|()| None) };
+            }
+            Happened::Corrupt { keys, example } => Event::Corrupt { keys, example },
             Happened::Diff(DiffOutcome::Done(report)) => return self.done(report).await,
-            Happened::Diff(DiffOutcome::Aborted(why)) => {
-                self.repairing = None;
+            Happened::Diff(DiffOutcome::Aborted(why)) if !is_held(why) => {
+                self.diff_ended();
                 Event::Error { message: format!("no diff was done: {why}") }
             }
             Happened::Refused(error) => Event::Error { message: error.to_string() },
@@ -136,18 +194,37 @@ impl Follower<'_> {
                     "the table has diverged at revision {revision}: root {root}, the server's is {server_root}"
                 ),
             },
-            // The diff that follows says what came of it.
-            Happened::FellBehind(_)
-            | Happened::Progress(_)
-            | Happened::Held { .. }
-            | Happened::Corrupt { .. } => return Ok(None),
+            // The diff that follows says what came of it, or what came before said so.
+            Happened::Change { .. } | Happened::FellBehind(_) | Happened::Diff(_) => {
+                return Ok(None);
+            }
         };
         self.output.say(event).await?;
         Ok(None)
     }
 
+    async fn progress(&mut self, progress: Progress) -> Result<Option<Left>, Closed> {
+        // A bar would be in the way of what `--print` prints.
+        if !self.args.print {
+            self.bar.set(progress);
+        }
+        let due = |(phase, at): (DiffPhase, Instant)| {
+            phase != progress.phase || at.elapsed() >= PROGRESS_EVERY
+        };
+        if self.args.json && self.said.is_none_or(due) {
+            self.said = Some((progress.phase, Instant::now()));
+            self.output.say(Event::Progress(progress)).await?;
+        }
+        Ok(None)
+    }
+
+    fn diff_ended(&mut self) {
+        self.bar.clear();
+        self.said = None;
+    }
+
     async fn done(&mut self, report: DiffReport) -> Result<Option<Left>, Closed> {
-        self.repairing = None;
+        self.diff_ended();
         let equal = report.equal();
         let said = self.output.say(Event::Diff(report)).await;
         if self.args.once {
@@ -163,16 +240,17 @@ impl Follower<'_> {
         if let Err(Closed) = self.output.say(Event::Error { message }).await {
             return Ok(Err(Closed));
         }
-        if self.args.once
-            && let Some(DiffOutcome::Done(report)) = self.client.status().await?.last_diff
-        {
-            return Ok(self.done(report).await);
+        if !self.args.once {
+            return Ok(Ok(None));
         }
-        Ok(Ok(None))
+        Ok(match self.client.status().await?.last_diff {
+            Some(DiffOutcome::Done(report)) => self.done(report).await,
+            Some(DiffOutcome::Aborted(why)) if is_held(why) => Ok(Some(Left::Held)),
+            Some(DiffOutcome::Aborted(_)) | None => Ok(None),
+        })
     }
+}
 
-    /// One more key. A bar would be in the way of what `--print` prints.
-    fn repaired(&mut self) {
-        self.repairing.get_or_insert_with(|| Progress::of_keys("repairing")).advance(1);
-    }
+fn is_held(why: DiffAborted) -> bool {
+    matches!(why, DiffAborted::Held { .. })
 }

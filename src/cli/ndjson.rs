@@ -65,6 +65,10 @@ impl<'a> Fields<'a> {
         Self { op, key, key_base64, value, value_base64 }
     }
 
+    pub(super) fn of_key(key: &'a [u8]) -> Self {
+        Self::new(None, key, None)
+    }
+
     pub(super) fn of_change(change: &'a Change) -> Self {
         match change {
             Change::Write { key, value } => Self::new(Some(Op::Write), key, Some(value)),
@@ -74,7 +78,11 @@ impl<'a> Fields<'a> {
 }
 
 /// Writes one entry and the end of its line.
-pub(super) fn write_entry(out: &mut impl Write, key: &[u8], value: &[u8]) -> io::Result<()> {
+pub(super) fn write_entry(
+    out: &mut (impl Write + ?Sized),
+    key: &[u8],
+    value: &[u8],
+) -> io::Result<()> {
     serde_json::to_writer(&mut *out, &Fields::new(None, key, Some(value)))?;
     out.write_all(b"\n")
 }

@@ -2,15 +2,18 @@
 
 use std::io::{BufRead, stdin};
 use std::process::ExitCode;
+use std::sync::Arc;
 
 use anyhow::Context as _;
 use tokio::sync::mpsc;
 
 use super::events::{Closed, Event, Output};
+use super::file::{self, Dump};
+use super::http::{Http, Table};
 use super::ndjson::{self, Found, LINE_BYTES, Lines};
 use super::signals::Signals;
-use super::{Failure, STOP_TIMEOUT, Serve, file};
-use crate::{Change, Error, Limits, Server, ServerConfig};
+use super::{Failure, STOP_TIMEOUT, Serve, resume};
+use crate::{Change, Error, Limits, MemoryStore, Position, Server, ServerConfig};
 
 /// How many changes from stdin wait to be written. Then no more is read.
 const WAITING: usize = 16;
@@ -19,16 +22,28 @@ const WAITING: usize = 16;
 type Line = Result<(u64, Change), String>;
 
 pub(super) async fn run(args: &Serve, output: &Output) -> Result<ExitCode, Failure> {
+    let dump = args.dump.as_deref().map(Dump::at).transpose()?;
     let store = file::load(args.load.as_deref())?;
     let mut signals = Signals::new()?;
+    let position = position(args, &store, output).await;
     let server = Server::start(ServerConfig::default(), store)?;
+    let table = Arc::clone(server.reader());
     let listen = server
         .listen(&*args.listen)
         .with_context(|| format!("cannot listen at {}", args.listen))?;
-    let revision = server.ready().await?.revision;
+    let http = args.http.as_deref().map(|address| {
+        let writes_from_anywhere = args.http_writes_from_anywhere;
+        Http::start(address, Table::Server { server: server.clone(), writes_from_anywhere })
+    });
+    let http = http.transpose()?;
+    let revision = match position {
+        Some(position) => server.continue_from(position).await?.revision,
+        None => server.ready().await?.revision,
+    };
     let ready = Event::Ready {
         listen,
-        keys: server.reader().len()?,
+        http: http.as_ref().map(|http| http.address),
+        keys: table.len()?,
         revision,
         root: server.root().await?.1,
     };
@@ -36,10 +51,37 @@ pub(super) async fn run(args: &Serve, output: &Output) -> Result<ExitCode, Failu
         served = serve(args, &server, output, ready) => served,
         () = signals.recv() => Ok(()),
     };
+    if let Some(http) = http {
+        http.stop().await;
+    }
+    // Nobody writes any more; this is answered behind the last write.
+    let position = server.status().await.ok().and_then(|status| status.position);
     // Who has not heard it by then hears that the connection ended.
     drop(tokio::time::timeout(STOP_TIMEOUT, server.stop()).await);
     served?;
+    if let (Some(dump), Some(path)) = (dump, &args.dump) {
+        dump.write(&*table)?;
+        if args.resume {
+            resume::save(path, position, &*table)?;
+        }
+    }
     Ok(ExitCode::SUCCESS)
+}
+
+/// Where the history goes on, if it does. That is used up: were it used twice, there would be two histories
+/// of one name.
+async fn position(args: &Serve, store: &MemoryStore, output: &Output) -> Option<Position> {
+    let path = args.load.as_deref().filter(|_| args.resume)?;
+    let forgotten = |position| resume::forget(path).map(|()| position);
+    match resume::load(path, store).and_then(forgotten) {
+        Ok(position) => position,
+        Err(error) => {
+            let message = format!("a new history begins: {error:#}");
+            // Nobody reads it: then that is noticed at the next event.
+            output.say(Event::Warning { message }).await.ok();
+            None
+        }
+    }
 }
 
 /// Ends when nobody reads what is said, or when the server ends.

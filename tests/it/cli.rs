@@ -1,5 +1,11 @@
 //! The `tablecast` command, as a process: its events, files, signals and exit codes.
 
+mod follow;
+mod http;
+mod resume;
+mod verify;
+mod watch;
+
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
@@ -83,9 +89,20 @@ impl Program {
         }
     }
 
-    fn event(&self) -> Value {
+    /// The next event, how far a diff is included.
+    fn any_event(&self) -> Value {
         let line = self.line();
         serde_json::from_str(&line).unwrap_or_else(|error| panic!("{error}: {line}"))
+    }
+
+    /// The next event that does not say how far a diff is.
+    fn event(&self) -> Value {
+        loop {
+            let event = self.any_event();
+            if event["event"] != "progress" {
+                return event;
+            }
+        }
     }
 
     /// The next event, which must be this one.
@@ -311,6 +328,7 @@ fn an_old_table_is_repaired() {
             "rounds",
             "server_root",
             "suppressed",
+            "waited_ms",
             "written",
         ]
     );
@@ -378,12 +396,26 @@ fn wrong_usage_is_exit_code_2() {
         &["follow", "--connect", "127.0.0.1:99999"],
         &["follow", "--connect", "127.0.0.1:1", "--timeout", "soon"],
         &["follow", "--connect", "127.0.0.1:1", "--diff-every", "0"],
+        &["follow", "--connect", "127.0.0.1:1", "--resume"],
+        &["follow", "--connect", "127.0.0.1:1", "--name", &"n".repeat(256)],
+        &["serve", "--listen", "127.0.0.1:0", "--http-writes-from-anywhere"],
+        &["verify", "--connect", "127.0.0.1:1"],
+        &["put", "key", "value"],
+        &["get", "not base64", "--key-base64", "--http", "127.0.0.1:1"],
+        &["put", &"/".repeat(30_000), "", "--http", "127.0.0.1:1"],
     ] {
         let output = Command::new(env!("CARGO_BIN_EXE_tablecast")).args(args).output().unwrap();
         assert_eq!(output.status.code(), Some(2), "{args:?}");
         assert!(output.stdout.is_empty() && !output.stderr.is_empty(), "{args:?}");
     }
-    for args in [&["--help"][..], &["--version"], &["serve", "--help"], &["follow", "--help"]] {
+    for command in
+        ["serve", "follow", "watch", "verify", "status", "followers", "put", "get", "delete"]
+    {
+        let args = [command, "--help"];
+        let output = Command::new(env!("CARGO_BIN_EXE_tablecast")).args(args).output().unwrap();
+        assert_eq!(output.status.code(), Some(0), "{args:?}");
+    }
+    for args in [&["--help"][..], &["--version"]] {
         let output = Command::new(env!("CARGO_BIN_EXE_tablecast")).args(args).output().unwrap();
         assert_eq!(output.status.code(), Some(0), "{args:?}");
     }

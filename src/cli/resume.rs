@@ -1,0 +1,128 @@
+//! Where a table that is in a file stood: FILE.position, beside it.
+//!
+//! It counts only together with the table: it holds the table's root, and a table whose root is
+//! another one has been changed since, or is older than it.
+
+use std::fs::File;
+use std::io::{ErrorKind, Read as _};
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context as _, ensure};
+use serde::{Deserialize, Serialize};
+use tablecast_actors::protocol::Tree;
+
+use super::file::Dump;
+use crate::{Hash, Position, Reader};
+
+/// More than what is written here ever has.
+const FILE_BYTES: u64 = 4096;
+
+#[derive(Debug, Serialize, Deserialize)]
+struct Saved {
+    position: Position,
+    root: Hash,
+    keys: usize,
+}
+
+fn beside(file: &Path) -> PathBuf {
+    let mut path = file.as_os_str().to_owned();
+    path.push(".position");
+    path.into()
+}
+
+/// Where the table of a file stood; `None` if nobody has said so.
+///
+/// # Errors
+/// If that cannot be read, or is not of this table.
+pub(super) fn load(file: &Path, table: &dyn Reader) -> anyhow::Result<Option<Position>> {
+    let path = beside(file);
+    let mut text = Vec::new();
+    match File::open(&path).and_then(|from| from.take(FILE_BYTES).read_to_end(&mut text)) {
+        Ok(_) => {}
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
+        Err(error) => return Err(error).with_context(|| format!("cannot read {}", path.display())),
+    }
+    let context = || format!("{} does not count", path.display());
+    let saved: Saved = serde_json::from_slice(&text).with_context(context)?;
+    matches(&saved, table).with_context(context)?;
+    Ok(Some(saved.position))
+}
+
+fn matches(saved: &Saved, table: &dyn Reader) -> anyhow::Result<()> {
+    let (root, keys) = root_of(table)?;
+    ensure!(
+        (saved.root, saved.keys) == (root, keys),
+        "it is of {} keys with root {}, the table has {keys} with root {root}",
+        saved.keys,
+        saved.root
+    );
+    Ok(())
+}
+
+/// Forgets where the table of a file stood.
+pub(super) fn forget(file: &Path) -> anyhow::Result<()> {
+    let path = beside(file);
+    match std::fs::remove_file(&path) {
+        Err(error) if error.kind() != ErrorKind::NotFound => {
+            Err(error).with_context(|| format!("cannot remove {}", path.display()))
+        }
+        Ok(()) | Err(_) => Ok(()),
+    }
+}
+
+/// Keeps where a table that has just been written to a file stands; forgets what was there if that is
+/// not known.
+pub(super) fn save(
+    file: &Path,
+    position: Option<Position>,
+    table: &dyn Reader,
+) -> anyhow::Result<()> {
+    let Some(position) = position else { return forget(file) };
+    let (root, keys) = root_of(table)?;
+    let saved = Saved { position, root, keys };
+    Dump::at(&beside(file))?.replace(|out| {
+        serde_json::to_writer(&mut *out, &saved)?;
+        writeln!(out)
+    })
+}
+
+fn root_of(table: &dyn Reader) -> anyhow::Result<(Hash, usize)> {
+    let mut failed = None;
+    let entries =
+        table.snapshot().map_while(|entry| entry.map_err(|error| failed = Some(error)).ok());
+    let tree = Tree::build(entries);
+    match failed {
+        Some(error) => Err(error.into()),
+        None => Ok((tree.root(), tree.len())),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{Chain, Epoch, Key, MemoryStore, Revision, Store as _, Value};
+
+    #[test]
+    fn a_position_counts_with_its_table_only() {
+        let directory = tempfile::tempdir().unwrap();
+        let file = directory.path().join("table");
+        let table =
+            |value| -> MemoryStore { [(Key::from("k"), Value::from(value))].into_iter().collect() };
+        let (table, other) = (table("1").reader(), table("2").reader());
+        assert_eq!(load(&file, &*table).unwrap(), None);
+        let position = Position {
+            epoch: Epoch::from_bytes([7; 16]),
+            revision: Revision(3),
+            chain: Chain::START,
+        };
+        save(&file, Some(position), &*table).unwrap();
+        assert_eq!(load(&file, &*table).unwrap(), Some(position));
+        let error = format!("{:#}", load(&file, &*other).unwrap_err());
+        assert!(error.contains("table.position does not count: it is of 1 keys"), "{error}");
+        std::fs::write(beside(&file), "{").unwrap();
+        assert!(load(&file, &*table).is_err());
+        save(&file, None, &*table).unwrap();
+        assert_eq!(load(&file, &*table).unwrap(), None);
+        assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 0);
+    }
+}
