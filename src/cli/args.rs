@@ -26,7 +26,8 @@ held (--once), or there is no such key (get); 2 wrong usage or unreadable input.
 const HTTP_HELP: &str = "\
 HTTP: GET /metrics (Prometheus), /healthz, /readyz, /status, /followers (serve) and /keys/KEY; PUT and
 DELETE /keys/KEY (serve). KEY is percent-encoded, any bytes, up to 65,000 bytes so encoded. There is no
-authentication: whoever reaches ADDR reads the table, and whoever is on this machine writes it.";
+authentication: whoever reaches the address reads the table, and whoever is on this machine, pages in
+a browser aside, writes it.";
 
 #[derive(Debug, Parser)]
 #[command(name = "tablecast", version, about, after_help = AFTER_HELP)]

@@ -403,6 +403,26 @@ mod tests {
     }
 
     #[test]
+    fn what_was_changed_behind_its_back() {
+        let event = Event::Corrupt { keys: 2, example: Key::from(vec![0xff]) };
+        assert_eq!(
+            said(&event, true),
+            "{\"event\":\"corrupt\",\"keys\":2,\"example\":{\"key_base64\":\"/w==\"}}\n"
+        );
+        assert_eq!(
+            said(&event, false),
+            "2 keys were changed behind the follower's back, b\"\\xff\" among them\n"
+        );
+    }
+
+    #[test]
+    fn warnings_are_json_only_on_stdout() {
+        let event = Event::Warning { message: "odd".to_owned() };
+        assert_eq!(said(&event, true), "{\"event\":\"warning\",\"message\":\"odd\"}\n");
+        assert_eq!(said(&event, false), "");
+    }
+
+    #[test]
     fn errors_are_json_only_on_stdout() {
         let event = Event::Error { message: "no".to_owned() };
         assert_eq!(said(&event, true), "{\"event\":\"error\",\"message\":\"no\"}\n");

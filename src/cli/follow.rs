@@ -81,7 +81,8 @@ pub(super) async fn run(args: &Follow, output: &Output) -> Result<ExitCode, Fail
     {
         dump.write(&*table)?;
         if args.resume {
-            resume::save(path, position, &*table)?;
+            let (root, keys) = resume::root_of(&*table)?;
+            resume::save(path, position, root, keys)?;
         }
     }
     verdict(args, &left)

@@ -291,18 +291,22 @@ fn written_by<'a>(request: &HttpRequest, table: &'a Table) -> Result<&'a Server,
             Err(Refusal::new(StatusCode::METHOD_NOT_ALLOWED, text))
         }
         Table::Server { server, writes_from_anywhere } => {
-            if may_write(request.peer_addr(), *writes_from_anywhere) {
+            let in_a_browser = request.headers().contains_key(header::ORIGIN);
+            if may_write(request.peer_addr(), in_a_browser, *writes_from_anywhere) {
                 return Ok(server);
             }
-            let text = "only this machine may write; --http-writes-from-anywhere lets others";
+            let text = "only this machine may write, and no page in a browser; \
+                        --http-writes-from-anywhere lets others";
             Err(Refusal::new(StatusCode::FORBIDDEN, text))
         }
     }
 }
 
-fn may_write(peer: Option<SocketAddr>, from_anywhere: bool) -> bool {
+/// A page in a browser on this machine may come from anywhere, whatever name it calls this address by.
+fn may_write(peer: Option<SocketAddr>, in_a_browser: bool, from_anywhere: bool) -> bool {
     // An IPv4 address may come in the clothes of an IPv6 one.
-    from_anywhere || peer.is_some_and(|peer| peer.ip().to_canonical().is_loopback())
+    let here = peer.is_some_and(|peer| peer.ip().to_canonical().is_loopback());
+    from_anywhere || (here && !in_a_browser)
 }
 
 fn key_of(request: &HttpRequest) -> Result<Key, Refusal> {
@@ -365,10 +369,11 @@ mod tests {
             ("[fe80::1]:1", false),
         ] {
             let peer = Some(peer.parse().unwrap());
-            assert_eq!(may_write(peer, false), here, "{peer:?}");
-            assert!(may_write(peer, true));
+            assert_eq!(may_write(peer, false, false), here, "{peer:?}");
+            assert!(!may_write(peer, true, false));
+            assert!(may_write(peer, true, true));
         }
-        assert!(!may_write(None, false));
+        assert!(!may_write(None, false, false));
     }
 
     #[test]

@@ -71,14 +71,15 @@ pub(super) fn forget(file: &Path) -> anyhow::Result<()> {
 }
 
 /// Keeps where a table that has just been written to a file stands; forgets what was there if that is
-/// not known.
+/// not known. The root is that of the table at the position: should the file hold another table, the
+/// position will not count.
 pub(super) fn save(
     file: &Path,
     position: Option<Position>,
-    table: &dyn Reader,
+    root: Hash,
+    keys: usize,
 ) -> anyhow::Result<()> {
     let Some(position) = position else { return forget(file) };
-    let (root, keys) = root_of(table)?;
     let saved = Saved { position, root, keys };
     Dump::at(&beside(file))?.replace(|out| {
         serde_json::to_writer(&mut *out, &saved)?;
@@ -86,7 +87,8 @@ pub(super) fn save(
     })
 }
 
-fn root_of(table: &dyn Reader) -> anyhow::Result<(Hash, usize)> {
+/// The root of a table, and how many keys it has. Hashes every value.
+pub(super) fn root_of(table: &dyn Reader) -> anyhow::Result<(Hash, usize)> {
     let mut failed = None;
     let entries =
         table.snapshot().map_while(|entry| entry.map_err(|error| failed = Some(error)).ok());
@@ -115,13 +117,14 @@ mod tests {
             revision: Revision(3),
             chain: Chain::START,
         };
-        save(&file, Some(position), &*table).unwrap();
+        let (root, keys) = root_of(&*table).unwrap();
+        save(&file, Some(position), root, keys).unwrap();
         assert_eq!(load(&file, &*table).unwrap(), Some(position));
         let error = format!("{:#}", load(&file, &*other).unwrap_err());
         assert!(error.contains("table.position does not count: it is of 1 keys"), "{error}");
         std::fs::write(beside(&file), "{").unwrap();
         assert!(load(&file, &*table).is_err());
-        save(&file, None, &*table).unwrap();
+        save(&file, None, root, keys).unwrap();
         assert_eq!(load(&file, &*table).unwrap(), None);
         assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 0);
     }

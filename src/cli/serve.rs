@@ -55,14 +55,15 @@ pub(super) async fn run(args: &Serve, output: &Output) -> Result<ExitCode, Failu
         http.stop().await;
     }
     // Nobody writes any more; this is answered behind the last write.
-    let position = server.status().await.ok().and_then(|status| status.position);
+    let standing = server.root().await;
     // Who has not heard it by then hears that the connection ended.
     drop(tokio::time::timeout(STOP_TIMEOUT, server.stop()).await);
     served?;
     if let (Some(dump), Some(path)) = (dump, &args.dump) {
         dump.write(&*table)?;
         if args.resume {
-            resume::save(path, position, &*table)?;
+            let (position, root) = standing?;
+            resume::save(path, position, root, table.len()?)?;
         }
     }
     Ok(ExitCode::SUCCESS)

@@ -155,6 +155,9 @@ fn what_is_wrong_is_refused_and_says_why() {
         assert_eq!(answer.status, status, "{answer:?}");
         assert!(answer.text().starts_with(why), "{answer:?}");
     }
+    let answer = send(&http, "DELETE /keys/k", b"Origin: http://localhost\r\n\r\n");
+    assert_eq!(answer.status, 403);
+    assert!(answer.text().contains("--http-writes-from-anywhere"), "{answer:?}");
     // Nothing of it has been sent, so nothing has been read.
     let answer = send(&http, "PUT /keys/k", b"Content-Length: 8388609\r\n\r\n");
     let why = "value of 8388609 bytes is above the limit of 8388608";
