@@ -19,6 +19,8 @@ pub struct Chunk {
     pub before: Chain,
     /// The whole frame, length header included: a `Live` message.
     pub frame: Bytes,
+    /// Where in the frame the changes begin.
+    pub body: usize,
     /// The hashes of the changed keys, one a change.
     pub keys: Arc<[KeyHash]>,
 }

@@ -68,10 +68,10 @@ use crate::limits::Limits;
 use crate::log::{Chunk, FollowerId, Log, Missed, Next, Shortened};
 use crate::message::{AbortReason, DiffId, Reason, TEXT_BYTES, ToClient, ToServer, Way, clip};
 use crate::mutation::Mutation;
-use crate::position::{Position, Revision};
+use crate::position::{Chain, Position, Revision};
 use crate::table::Values;
 use crate::tree::{Hash, KeyHash, KeyPrefix, TREE_VERSION, Tree};
-use crate::wire::{self, Changes, HEADER_BYTES, Message, Raw, VERSION};
+use crate::wire::{self, Changes, HEADER_BYTES, LiveFrame, Message, Raw, VERSION};
 use crate::{Change, limits};
 
 /// What a server's sessions are set to. All of one server have the same.
@@ -90,6 +90,9 @@ pub struct SessionConfig {
     /// Most changes of which a follower that comes back is sent one a key: 256 Ki, for 32 KiB of memory a
     /// follower. One that missed more is sent all of them. 0 is never.
     pub shorten_changes: usize,
+    /// About how many bytes of what a follower missed are put together in one frame: 64 KiB. Written one by
+    /// one, changes are as many frames, each with a header of some 20 bytes.
+    pub missed_bytes: usize,
     /// How long a diff that runs may go without an answer, an acknowledgement, or room for a repair:
     /// 30 s. Then it is aborted, so that others have its place.
     pub diff_stall: Duration,
@@ -105,6 +108,7 @@ impl Default for SessionConfig {
             repair_window: 2,
             updated_keys: 1 << 20,
             shorten_changes: 256 << 10,
+            missed_bytes: 64 << 10,
             diff_stall: Duration::from_secs(30),
             heartbeat: HeartbeatConfig::default(),
         }
@@ -159,6 +163,9 @@ pub struct Session {
     state: State,
     /// The next change that goes on the wire.
     cursor: Revision,
+    /// The end of what the follower had missed when it was resumed: small frames up to here are put
+    /// together.
+    missed: Revision,
     /// What Welcome said; from then on the end of the connection is a farewell, no refusal.
     way: Option<Way>,
     /// To be closed at the end of the log.
@@ -359,33 +366,57 @@ pub enum Transmit {
     Live(Bytes),
     /// A message, to be encoded.
     Message(ToClient),
-    /// A frame of the log of which not all is needed, to be encoded again.
+    /// Frames of the log, to be put together into one.
+    Joined(Joined),
+    /// Frames of the log of which not all is needed, to be encoded again as one.
     Part(Part),
 }
 
-/// A frame of the log, and which of its changes count.
+/// Consecutive frames of the log, for a follower that missed them: written one by one they may be as
+/// many frames as changes.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Joined(Vec<Chunk>);
+
+impl Joined {
+    /// The one frame that goes on the wire. Copies, so not while others wait for the log.
+    pub fn frame(&self) -> Bytes {
+        let mut frame = LiveFrame::default();
+        for chunk in &self.0 {
+            frame.append(chunk.frame.get(chunk.body..).unwrap_or_default(), chunk.keys.len());
+        }
+        let first = self.0.first().map(|chunk| (chunk.first, chunk.before));
+        let (first, before) = first.unwrap_or((Revision::ZERO, Chain::START));
+        frame.take(first, &before)
+    }
+}
+
+/// Frames of the log, and which of their changes count.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Part {
     revision: Revision,
-    frame: Bytes,
+    frames: Vec<Bytes>,
+    /// One a change of all frames.
     counts: Vec<bool>,
 }
 
 impl Part {
-    /// The message that goes on the wire. Decodes the frame, so not while others wait for the log.
+    /// The message that goes on the wire. Decodes the frames, so not while others wait for the log.
     ///
     /// # Panics
-    /// If the frame is no frame of a log.
+    /// If one is no frame of a log.
     pub fn message(self, limits: &Limits) -> ToClient {
-        let payload = self.frame.get(HEADER_BYTES..).unwrap_or_default();
-        let ToClient::Live { changes: Changes(mut changes), .. } =
-            wire::decode(payload, limits).expect("the log holds what was encoded for it")
-        else {
-            unreachable!("the log holds live frames");
-        };
-        let mut counts = self.counts.into_iter();
-        changes.retain(|_| counts.next().unwrap_or(false));
-        ToClient::CatchUp { revision: self.revision, changes: Changes(changes) }
+        let changes = self.frames.iter().flat_map(|frame| {
+            let payload = frame.get(HEADER_BYTES..).unwrap_or_default();
+            let ToClient::Live { changes, .. } =
+                wire::decode(payload, limits).expect("the log holds what was encoded for it")
+            else {
+                unreachable!("the log holds live frames");
+            };
+            changes.0
+        });
+        let counting = changes.zip(self.counts).filter(|(_, counts)| *counts);
+        let changes = Changes(counting.map(|(change, _)| change).collect());
+        ToClient::CatchUp { revision: self.revision, changes }
     }
 }
 
@@ -397,6 +428,7 @@ impl Session {
             follower,
             state: State::Hello,
             cursor: Revision::ZERO,
+            missed: Revision::ZERO,
             way: None,
             stopping: false,
             jumps: 0,
@@ -568,6 +600,7 @@ impl Session {
             return;
         }
         let changes = missed.changes();
+        self.missed = at.revision.plus(changes as u64);
         if way == Way::Resumed
             && changes as u64 > WORTH_SHORTENING
             && changes <= self.config.shorten_changes
@@ -848,13 +881,39 @@ impl Session {
             if self.control.is_empty()
                 && let Next::Chunk(chunk) = next
             {
-                return Some(Transmit::Live(self.send_live(chunk)));
+                return Some(self.send_from(chunk, log));
             }
             if self.control.is_empty() && self.stopping {
                 self.close(Reason::Stopping, String::new());
             }
         }
         self.control.pop_front().map(Transmit::Message)
+    }
+
+    /// A frame of the log, or what a follower missed as far as it fits one. Not beside a diff, whose mark the
+    /// stream must not pass.
+    fn send_from(&mut self, chunk: &Chunk, log: &Log) -> Transmit {
+        let mut joined = vec![chunk.clone()];
+        let frame = self.send_live(chunk);
+        let mut room = self.joined_bytes().saturating_sub(frame.len());
+        let mut changes = chunk.keys.len();
+        while self.state == State::Relay
+            && self.cursor <= self.missed
+            && let Next::Chunk(next) = log.at(self.cursor)
+            && next.frame.len() <= room
+            && changes + next.keys.len() <= limits::MAX_CHANGES
+        {
+            room -= next.frame.len();
+            changes += next.keys.len();
+            self.send_live(next);
+            joined.push(next.clone());
+        }
+        if joined.len() == 1 { Transmit::Live(frame) } else { Transmit::Joined(Joined(joined)) }
+    }
+
+    /// How large a frame of several is at most.
+    fn joined_bytes(&self) -> usize {
+        self.config.missed_bytes.min(self.config.limits.frame_bytes)
     }
 
     /// The next frame of a shortened catch-up that has something that counts; at its end, says so.
@@ -867,16 +926,26 @@ impl Session {
             self.control.push_back(ToClient::CaughtUp { revision, chain });
             return None;
         };
-        let Some(chunk) = log.holding(next) else {
+        if log.holding(next).is_none() {
             self.state = State::Relay;
             self.jump(log);
             return None;
-        };
-        self.cursor = chunk.end();
-        let revisions = (chunk.first.0..chunk.end().0).map(Revision);
-        let counts = revisions.map(|at| shortened.counts(at)).collect();
-        let revision = Revision(chunk.end().0 - 1);
-        Some(Part { revision, frame: chunk.frame.clone(), counts })
+        }
+        let mut part = Part::default();
+        let (mut room, mut next) = (self.joined_bytes(), Some(next));
+        while let Some(chunk) = next.and_then(|next| log.holding(next))
+            && (part.frames.is_empty() || chunk.frame.len() <= room)
+            && part.counts.len() + chunk.keys.len() <= limits::MAX_CHANGES
+        {
+            room = room.saturating_sub(chunk.frame.len());
+            self.cursor = chunk.end();
+            part.revision = Revision(chunk.end().0 - 1);
+            part.frames.push(chunk.frame.clone());
+            let revisions = (chunk.first.0..chunk.end().0).map(Revision);
+            part.counts.extend(revisions.map(|at| shortened.counts(at)));
+            next = shortened.next(self.cursor);
+        }
+        Some(part)
     }
 
     fn send_live(&mut self, chunk: &Chunk) -> Bytes {

@@ -168,10 +168,13 @@ impl Table {
             return;
         }
         let OpenFrame { frame, first, before, keys, bytes } = &mut self.open;
+        let body = frame.bytes();
+        let frame = frame.take(*first, before);
         let chunk = Chunk {
             first: *first,
             before: *before,
-            frame: frame.take(*first, before),
+            body: frame.len() - body,
+            frame,
             keys: keys.as_slice().into(),
         };
         keys.clear();

@@ -290,6 +290,12 @@ impl LiveFrame {
             .expect("a change can be written to memory");
     }
 
+    /// Adds the changes of a frame that was made here, as they stand in it behind its header.
+    pub(crate) fn append(&mut self, body: &[u8], changes: usize) {
+        self.changes += u32::try_from(changes).expect("a frame holds far fewer than 2^32 changes");
+        self.body.extend_from_slice(body);
+    }
+
     /// How many bytes there are, without the header.
     pub fn bytes(&self) -> usize {
         self.body.len()

@@ -357,6 +357,10 @@ impl Middleman {
         drop(log);
         let message = match transmit {
             Some(Transmit::Message(message)) => Some(message),
+            Some(Transmit::Joined(joined)) => {
+                self.framed.queue(joined.frame());
+                None
+            }
             Some(Transmit::Part(part)) => Some(part.message(&self.shared.config.session.limits)),
             Some(Transmit::Live(_)) | None => None,
         };

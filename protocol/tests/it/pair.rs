@@ -428,6 +428,7 @@ impl World {
             repair_bytes: self.config.repair_bytes,
             updated_keys: self.config.updated_keys,
             shorten_changes: self.config.shorten_changes,
+            missed_bytes: 2 * self.config.repair_bytes,
             ..SessionConfig::default()
         };
         let mut server = server::Session::new(config, FollowerId(self.connections), Duration::ZERO);
@@ -476,6 +477,7 @@ impl World {
             link.to_client.push_back(match transmit {
                 Transmit::Live(frame) => frame,
                 Transmit::Message(message) => wire::encode(&message),
+                Transmit::Joined(joined) => joined.frame(),
                 Transmit::Part(part) => wire::encode(&part.message(&Limits::default())),
             });
         }

@@ -131,9 +131,14 @@ fn server_table() -> Table {
     table
 }
 
+/// What was missed is sent a frame of the log at a time.
+fn one_by_one() -> SessionConfig {
+    SessionConfig { missed_bytes: 0, ..SessionConfig::default() }
+}
+
 impl ServerEnd {
     fn new() -> Self {
-        let session = server::Session::new(SessionConfig::default(), FollowerId(1), NOW);
+        let session = server::Session::new(one_by_one(), FollowerId(1), NOW);
         let log = Log::new(1 << 20, Revision::ZERO, Chain::START);
         Self { session, log, events: Vec::new(), sent: Vec::new() }
     }
@@ -162,6 +167,9 @@ impl ServerEnd {
         Some(match self.session.poll_transmit(&self.log)? {
             Transmit::Message(message) => message,
             Transmit::Live(frame) => wire::decode(&frame[HEADER_BYTES..], &limits).unwrap(),
+            Transmit::Joined(joined) => {
+                wire::decode(&joined.frame()[HEADER_BYTES..], &limits).unwrap()
+            }
             Transmit::Part(part) => part.message(&limits),
         })
     }
@@ -1283,7 +1291,7 @@ impl Behind {
     }
 
     fn shortening(&self) -> ServerEnd {
-        let end = self.subscribed(SessionConfig::default());
+        let end = self.subscribed(one_by_one());
         assert_eq!(end.events, [Event::Shorten(self.log.missed(self.at.revision))]);
         assert_eq!((end.session.state(), &end.sent[..]), ("Subscribing", &[][..]));
         end
@@ -1364,7 +1372,7 @@ fn little_is_not_shortened() {
         behind.write(changes);
         behind
     };
-    let config = SessionConfig::default();
+    let config = one_by_one();
     // Of 14 changes no 14 are left out: nobody looks which.
     let few = behind(&again(14));
     let end = few.subscribed(config);
@@ -1396,7 +1404,7 @@ fn little_is_not_shortened() {
 fn much_is_not_shortened() {
     let behind = Behind::new(1 << 20);
     for (shorten_changes, shortens) in [(0, false), (25, false), (26, true)] {
-        let config = SessionConfig { shorten_changes, ..SessionConfig::default() };
+        let config = SessionConfig { shorten_changes, ..one_by_one() };
         let end = behind.subscribed(config);
         if shortens {
             assert!(matches!(end.events[..], [Event::Shorten(_)]));
@@ -1425,6 +1433,33 @@ fn who_is_not_resumed_is_not_shortened() {
         end.act_with_room(1, |session| session.handle_subscribed(behind.at, way, missed));
         assert_eq!(end.sent, [behind.welcome(way)]);
         assert_eq!((end.session.state(), end.events), ("Relay", vec![]));
+    }
+}
+
+#[test]
+fn small_frames_that_were_missed_are_put_together() {
+    let live = |message: &ToClient| match message {
+        ToClient::Live { first, changes, .. } => (first.0, changes.0.len()),
+        other => panic!("{other:?}"),
+    };
+    let mut behind = Behind::empty(1 << 20);
+    for number in 0..100 {
+        behind.write(&[Change::write(format!("key-{number}"), "value")]);
+    }
+    // All in one; as many as fit; as they are in the log.
+    for (missed_bytes, frames) in [(64 << 10, 1..=1), (500, 5..=10), (0, 100..=100)] {
+        let config = SessionConfig { missed_bytes, shorten_changes: 0, ..SessionConfig::default() };
+        let end = behind.subscribed(config);
+        assert_eq!(end.sent[0], behind.welcome(Way::Resumed));
+        let sent: Vec<_> = end.sent[1..].iter().map(live).collect();
+        assert!(frames.contains(&sent.len()), "{sent:?}");
+        assert_eq!(sent.iter().map(|(_, changes)| changes).sum::<usize>(), 100);
+        // A follower takes them for what they are.
+        let mut client = ClientEnd::at(Limits::default(), Some(behind.at));
+        for message in end.sent.clone() {
+            client.message(message);
+        }
+        assert_eq!(client.session.position(), behind.table.position());
     }
 }
 
