@@ -3,6 +3,7 @@
 
 use std::time::{Duration, Instant};
 
+use anyhow::Context;
 use clap::ArgAction;
 use serde_json::json;
 use tablecast::{ClientConfig, DiffOutcome, DiffReport, MemoryStore, ServerConfig};
@@ -15,7 +16,7 @@ use tablecast_protocol::{
 
 use crate::report::{Report, rounded};
 
-const VALUE_BYTES: usize = 32;
+pub(crate) const VALUE_BYTES: usize = 32;
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
@@ -38,9 +39,9 @@ pub(crate) struct Args {
 
 /// One diff without sockets.
 #[derive(Default)]
-struct Walked {
-    rounds: u32,
-    bytes: usize,
+pub(crate) struct Walked {
+    pub(crate) rounds: u32,
+    pub(crate) bytes: usize,
     root: Duration,
     server: Duration,
     follower: Duration,
@@ -80,6 +81,15 @@ pub(crate) async fn run(args: &Args) -> anyhow::Result<Report> {
             }),
         )
         .with("follower_root_ms", of_walks(|walk| walk.root)))
+}
+
+/// One diff of a connected follower that differs in so many of these keys.
+pub(crate) async fn once(
+    keys: &[[u8; KEY_BYTES]],
+    differ: usize,
+) -> anyhow::Result<(DiffReport, Duration)> {
+    let args = Args { keys: keys.len(), differ, runs: 1, nodelay: true, json: false };
+    diffs(keys, &args).await?.pop().context("one was asked for")
 }
 
 /// Diffs of a connected follower that is made to differ anew before each.
@@ -126,13 +136,13 @@ fn walks(keys: &[[u8; KEY_BYTES]], args: &Args) -> anyhow::Result<Vec<Walked>> {
         .collect()
 }
 
-fn tree_of(store: &MemoryStore) -> anyhow::Result<Tree> {
+pub(crate) fn tree_of(store: &MemoryStore) -> anyhow::Result<Tree> {
     let entries = store.reader().snapshot();
     Ok(entries.map(|entry| entry.map(|(k, v)| Entry::new(&k, &v))).collect::<Result<_, _>>()?)
 }
 
 /// Every frame of a diff but the repairs and their acknowledgements, as the sessions would send them.
-fn walk(server: &Tree, follower: &Tree) -> anyhow::Result<(Walked, Difference)> {
+pub(crate) fn walk(server: &Tree, follower: &Tree) -> anyhow::Result<(Walked, Difference)> {
     let (diff, revision) = (DiffId(1), Revision(1));
     let mut walked = Walked::default();
     let root = timed(&mut walked.root, || follower.root());

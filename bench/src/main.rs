@@ -5,7 +5,11 @@
     reason = "figures are told in three digits, and f64 has fifteen"
 )]
 
+mod compare;
 mod diff;
+mod grow;
+mod instructions;
+mod machine;
 mod process;
 mod report;
 mod storm;
@@ -32,12 +36,24 @@ enum Question {
     Stream(stream::Args),
     /// Many followers that come back at once to a server that was restarted.
     Storm(storm::Args),
+    /// Tablecast beside other systems, as far as they are installed: every claim about speed.
+    Compare(compare::Args),
+    /// How the costs grow with keys, followers, differences and values: plots and tables.
+    Grow(grow::Args),
+    /// How many instructions the hot paths take, beside what was accepted. Needs valgrind.
+    Instructions(instructions::Args),
     /// The memory of one tree, for `tree`, in a process of its own.
     #[command(hide = true)]
     TreeMemory(tree::MemoryArgs),
     /// The server and the writer of `stream`, in a process of their own.
     #[command(hide = true)]
     StreamServer(stream::server::Args),
+    /// What `instructions` counts, in a process of its own.
+    #[command(hide = true)]
+    InstructionsWork(instructions::WorkArgs),
+    /// The plain fan-out of `compare`, in a process of its own.
+    #[command(hide = true)]
+    PlainServer(compare::plain::Args),
 }
 
 fn main() -> anyhow::Result<()> {
@@ -46,8 +62,13 @@ fn main() -> anyhow::Result<()> {
         Question::Diff(args) => block_on(diff::run(&args))?.print(args.json),
         Question::Stream(args) => stream::run(&args)?.print(args.json),
         Question::Storm(args) => storm::run(&args)?.print(args.json),
+        Question::Compare(args) => compare::run(&args),
+        Question::Grow(args) => grow::run(&args),
+        Question::Instructions(args) => instructions::run(&args),
+        Question::InstructionsWork(args) => instructions::work(&args),
         Question::TreeMemory(args) => tree::run_memory(&args),
         Question::StreamServer(args) => block_on(stream::server::run(&args)),
+        Question::PlainServer(args) => compare::plain::run(&args),
     }
 }
 

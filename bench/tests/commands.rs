@@ -64,3 +64,48 @@ fn stream() {
     assert_positive(&answer, &figures);
     assert!(answer["server_cpu_s_per_million"].is_number());
 }
+
+#[test]
+fn every_row_of_the_comparison() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("compare.json");
+    let mut command = Command::new(env!("CARGO_BIN_EXE_tablecast-bench"));
+    command.args(["compare", "--quick", "--alone", "--runs", "1", "--json"]).arg(&file);
+    let output = command.output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let answer: Value = serde_json::from_slice(&std::fs::read(&file).unwrap()).unwrap();
+    let lines = answer["lines"].as_array().unwrap();
+    let mut rows: Vec<_> = lines.iter().map(|line| line["row"].as_str().unwrap()).collect();
+    rows.dedup();
+    assert_eq!(rows.len(), 12, "{rows:?}");
+    // A quick repair may be over before a change comes, and a few followers may fit into memory at hand.
+    for line in lines.iter().filter(|line| line["row"] != "repair" && line["row"] != "memory") {
+        assert_positive(line, &["ours"]);
+    }
+    assert_eq!(answer["conditions"]["quick"], true);
+}
+
+/// Not the counts: whether every piece of counted work can be done.
+#[test]
+fn counted_work() {
+    for what in ["insert", "root", "walk", "fan-out"] {
+        for idle in [&[][..], &["--idle"]] {
+            let mut command = Command::new(env!("CARGO_BIN_EXE_tablecast-bench"));
+            let output = command.args(["instructions-work", "--what", what]).args(idle).output();
+            assert!(output.unwrap().status.success(), "{what}");
+        }
+    }
+}
+
+#[test]
+fn growth() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut command = Command::new(env!("CARGO_BIN_EXE_tablecast-bench"));
+    let output = command.args(["grow", "--quick", "--folder"]).arg(folder.path()).output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let page = std::fs::read_to_string(folder.path().join("README.md")).unwrap();
+    for name in ["keys", "followers", "differing", "values"] {
+        let plot = std::fs::read_to_string(folder.path().join(format!("{name}.svg"))).unwrap();
+        assert!(plot.contains("</svg>") && page.contains(&format!("({name}.svg)")), "{name}");
+    }
+}

@@ -3,6 +3,7 @@
 //! A follower learns from the head of each frame how far it is, and looks at nothing else.
 
 use std::cell::RefCell;
+use std::io::{Read as _, Write as _};
 use std::net::SocketAddr;
 use std::rc::Rc;
 use std::sync::mpsc;
@@ -11,14 +12,13 @@ use std::time::Duration;
 use anyhow::{Context, bail};
 use tablecast_protocol::wire::{self, HEADER_BYTES};
 use tablecast_protocol::{Limits, Revision, ToClient, ToServer};
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::task::LocalSet;
 
 use crate::process;
 
 /// How much one read takes at most. One buffer for all, or it would not stay in the cache.
-const READ_BYTES: usize = 256 << 10;
+pub(crate) const READ_BYTES: usize = 256 << 10;
 
 /// As much of a frame as is looked at: its head, and the first key and the first 8 bytes of its
 /// value where that has a key of 16 bytes.
@@ -60,7 +60,7 @@ pub(crate) fn run(plan: &Plan, reached: &mpsc::Sender<()>) -> anyhow::Result<Rea
         for number in 0..plan.followers {
             let samples = number * plan.sampled / plan.followers
                 != (number + 1) * plan.sampled / plan.followers;
-            followers.push(Follower::connect(plan.address, samples).await?);
+            followers.push(Follower::connect(plan.address, samples)?);
         }
         reached.send(())?;
         let mut followers = read_all(followers, plan.paced, true).await?;
@@ -112,17 +112,10 @@ struct Follower {
 }
 
 impl Follower {
-    async fn connect(address: SocketAddr, samples: bool) -> anyhow::Result<Self> {
-        let mut stream = TcpStream::connect(address).await?;
-        stream.set_nodelay(true)?;
-        let limits = Limits::default();
-        stream.write_all(&wire::encode(&ToServer::hello("reader", &limits, None))).await?;
-        let length = stream.read_u32().await?;
-        let mut frame = vec![0; usize::try_from(length)?.min(limits.frame_bytes)];
-        stream.read_exact(&mut frame).await?;
-        let message = wire::decode(&frame, &limits)?;
-        let ToClient::Welcome { revision, .. } = message else { bail!("no welcome: {message:?}") };
-        let at = Frames { revision, ..Frames::default() };
+    fn connect(address: SocketAddr, samples: bool) -> anyhow::Result<Self> {
+        let (stream, at) = connect(address)?;
+        stream.set_nonblocking(true)?;
+        let stream = TcpStream::from_std(stream)?;
         Ok(Self { stream, at, samples, latencies: Vec::new(), bytes: 0, reads: 0 })
     }
 
@@ -155,29 +148,49 @@ impl Follower {
     }
 }
 
+/// Says Hello, and reads what is answered: a follower that only reads from there on.
+pub(crate) fn connect(address: SocketAddr) -> anyhow::Result<(std::net::TcpStream, Frames)> {
+    let mut stream = std::net::TcpStream::connect(address)?;
+    stream.set_nodelay(true)?;
+    let limits = Limits::default();
+    stream.write_all(&wire::encode(&ToServer::hello("reader", &limits, None)))?;
+    let mut length = [0; HEADER_BYTES];
+    stream.read_exact(&mut length)?;
+    let length = usize::try_from(u32::from_be_bytes(length))?;
+    let mut frame = vec![0; length.min(limits.frame_bytes)];
+    stream.read_exact(&mut frame)?;
+    let message = wire::decode(&frame, &limits)?;
+    let ToClient::Welcome { revision, .. } = message else { bail!("no welcome: {message:?}") };
+    Ok((stream, Frames { revision, ..Frames::default() }))
+}
+
 /// Where in the stream of frames a follower is.
 #[derive(Debug, Default)]
-struct Frames {
+pub(crate) struct Frames {
     /// The last change that has been read.
-    revision: Revision,
+    pub(crate) revision: Revision,
     /// Bytes that are left of the frame whose head has been read.
-    skip: usize,
+    pub(crate) skip: usize,
     /// The beginning of a frame, until enough of it is there.
     head: Vec<u8>,
 }
 
 /// What is looked at of a live frame.
 #[derive(Debug, PartialEq, Eq)]
-struct Head {
-    first: Revision,
-    changes: u64,
+pub(crate) struct Head {
+    pub(crate) first: Revision,
+    pub(crate) changes: u64,
     /// The first 8 bytes of the first value.
-    first_value: u64,
+    pub(crate) first_value: u64,
 }
 
 impl Frames {
     /// Goes on by these bytes, and says every live frame *once its head* has been read.
-    fn pass(&mut self, mut bytes: &[u8], mut live: impl FnMut(&Head)) -> anyhow::Result<()> {
+    pub(crate) fn pass(
+        &mut self,
+        mut bytes: &[u8],
+        mut live: impl FnMut(&Head),
+    ) -> anyhow::Result<()> {
         while !bytes.is_empty() {
             let skipped = self.skip.min(bytes.len());
             self.skip -= skipped;

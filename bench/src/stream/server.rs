@@ -4,7 +4,6 @@
 //! address. The process ends with stdin.
 
 use std::collections::VecDeque;
-use std::io::BufRead;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -16,11 +15,19 @@ use serde::{Deserialize, Serialize};
 use tablecast::{Change, HeartbeatConfig, Server, ServerConfig, SessionConfig};
 use tablecast_actors::server::Write;
 use tablecast_bench::{KEY_BYTES, SEED, keys, serve, store};
+use tokio::io::{AsyncBufReadExt, BufReader, Lines, Stdin};
 
 use crate::process;
 
-/// Other values than these are not written; they are copied for each write.
+/// Other values than so many, of so many bytes in all, are not written; they are copied for each write.
 const VALUES: usize = 4096;
+const VALUES_BYTES: usize = 64 << 20;
+
+/// Units of a `Saturate` that the writer does not wait for.
+const IN_FLIGHT: usize = 64;
+
+/// Longer than anything is on its way.
+const PATIENCE: Duration = Duration::from_secs(60);
 
 /// How often the followers' lag is looked at, and how long a writer pauses while it is too much.
 const LOOK: Duration = Duration::from_millis(2);
@@ -42,6 +49,11 @@ pub(crate) enum Order {
     Pace { writes: u64, rate: u64 },
     /// As many as the server takes.
     Burst { writes: u64, batch: u64, in_flight: u64, max_lag: u64 },
+    /// As many as the followers take in `ms`, while all of them but the last `window` writes are
+    /// delivered. Each has the time in its value's first eight bytes.
+    Saturate { ms: u64, batch: u64, window: u64 },
+    /// So many of the writes of a `Saturate` have reached every follower.
+    Delivered(u64),
 }
 
 /// It is written.
@@ -53,6 +65,8 @@ pub(crate) struct Wrote {
     pub(crate) ended_ns: u64,
     /// How long the writer waited for followers that lagged.
     pub(crate) waited_ns: u64,
+    /// How many writes there were.
+    pub(crate) writes: u64,
 }
 
 struct Writer {
@@ -67,30 +81,47 @@ pub(crate) async fn run(args: &Args) -> anyhow::Result<()> {
     let patience = Duration::from_secs(3600);
     let heartbeat = HeartbeatConfig { ping_after: patience, dead_after: 2 * patience };
     let session = SessionConfig { heartbeat, ..SessionConfig::default() };
-    let config = ServerConfig { session, ..ServerConfig::default() };
+    // Nor do they have a root to compare.
+    let config = ServerConfig { session, verify_every: None, ..ServerConfig::default() };
 
     let keys = keys(args.keys);
     let (server, address) = serve(config, store(&keys, args.value_bytes), args.nodelay).await?;
     println!("{address}");
 
     let mut random = fastrand::Rng::with_seed(SEED + 9);
-    let values = (0..VALUES).map(|_| {
+    let count = (VALUES_BYTES / args.value_bytes.max(1)).clamp(1, VALUES);
+    let values = (0..count).map(|_| {
         let mut value = vec![0; args.value_bytes];
         random.fill(&mut value);
         value
     });
     let values = values.collect();
     let mut writer = Writer { server, keys, values, random };
-    for line in std::io::stdin().lock().lines() {
-        let wrote = match serde_json::from_str(&line?)? {
+    let mut orders = Orders(BufReader::new(tokio::io::stdin()).lines());
+    while let Some(order) = orders.next().await? {
+        let wrote = match order {
             Order::Pace { writes, rate } => writer.pace(writes, rate).await?,
             Order::Burst { writes, batch, in_flight, max_lag } => {
                 writer.burst(writes, batch, usize::try_from(in_flight)?, max_lag).await?
             }
+            Order::Saturate { ms, batch, window } => {
+                writer.saturate(Duration::from_millis(ms), batch, window, &mut orders).await?
+            }
+            // What was under way when a `Saturate` ended.
+            Order::Delivered(_) => continue,
         };
         println!("{}", serde_json::to_string(&wrote)?);
     }
     Ok(())
+}
+
+/// Lines of stdin.
+struct Orders(Lines<BufReader<Stdin>>);
+
+impl Orders {
+    async fn next(&mut self) -> anyhow::Result<Option<Order>> {
+        Ok(self.0.next_line().await?.as_deref().map(serde_json::from_str).transpose()?)
+    }
 }
 
 impl Writer {
@@ -100,19 +131,64 @@ impl Writer {
         Change::write(Bytes::copy_from_slice(key), Bytes::copy_from_slice(value))
     }
 
+    fn stamped(&mut self, now_ns: u64) -> Change {
+        let key = self.random.choice(&self.keys).map_or(&[][..], |key| key);
+        let mut value = self.random.choice(&self.values).cloned().unwrap_or_default();
+        if let Some(time) = value.first_chunk_mut() {
+            *time = now_ns.to_be_bytes();
+        }
+        Change::write(Bytes::copy_from_slice(key), value)
+    }
+
     async fn pace(&mut self, writes: u64, rate: u64) -> anyhow::Result<Wrote> {
         let mut ticks = tokio::time::interval(Duration::from_secs(1) / u32::try_from(rate)?);
         let begun_ns = now_ns()?;
         for _ in 0..writes {
             ticks.tick().await;
-            let Change::Write { key, value } = self.change() else { continue };
-            let mut value = Vec::from(value);
-            if let Some(time) = value.first_chunk_mut() {
-                *time = now_ns()?.to_be_bytes();
-            }
-            self.server.write(key, value).await?;
+            let change = self.stamped(now_ns()?);
+            self.server.batch(vec![change]).await?;
         }
-        Ok(Wrote { begun_ns, ended_ns: now_ns()?, waited_ns: 0 })
+        Ok(Wrote { begun_ns, ended_ns: now_ns()?, waited_ns: 0, writes })
+    }
+
+    async fn saturate(
+        &mut self,
+        time: Duration,
+        batch: u64,
+        window: u64,
+        orders: &mut Orders,
+    ) -> anyhow::Result<Wrote> {
+        let start = Instant::now();
+        let mut wrote = Wrote { begun_ns: now_ns()?, ..Wrote::default() };
+        let mut flying = VecDeque::with_capacity(IN_FLIGHT);
+        let mut delivered = 0;
+        while start.elapsed() < time {
+            let waiting = Instant::now();
+            while wrote.writes + batch > delivered + window {
+                let order = tokio::time::timeout(PATIENCE, orders.next()).await;
+                match order.context("nothing is delivered")??.context("stdin ended")? {
+                    Order::Delivered(count) => delivered = count,
+                    other @ (Order::Pace { .. } | Order::Burst { .. } | Order::Saturate { .. }) => {
+                        anyhow::bail!("{other:?} came while saturating")
+                    }
+                }
+            }
+            wrote.waited_ns += u64::try_from(waiting.elapsed().as_nanos())?;
+            let now_ns = now_ns()?;
+            let changes: Vec<_> = (0..batch).map(|_| self.stamped(now_ns)).collect();
+            wrote.writes += batch;
+            flying.push_back(self.server.actor().send(Write(changes)));
+            if flying.len() >= IN_FLIGHT
+                && let Some(first) = flying.pop_front()
+            {
+                first.await??;
+            }
+        }
+        for write in flying {
+            write.await??;
+        }
+        wrote.ended_ns = now_ns()?;
+        Ok(wrote)
     }
 
     async fn burst(
@@ -125,7 +201,7 @@ impl Writer {
         let lag = Arc::new(AtomicU64::new(0));
         let looking = tokio::spawn(look(self.server.clone(), Arc::clone(&lag)));
         let mut flying = VecDeque::with_capacity(in_flight);
-        let mut wrote = Wrote { begun_ns: now_ns()?, ..Wrote::default() };
+        let mut wrote = Wrote { begun_ns: now_ns()?, writes, ..Wrote::default() };
         let mut left = writes;
         while left > 0 {
             let changes: Vec<Change> = (0..batch.min(left)).map(|_| self.change()).collect();
