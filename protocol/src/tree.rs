@@ -12,8 +12,9 @@
 //!
 //! Nodes are shared by `Arc`: a snapshot is a copy of one pointer, and a writer copies only the
 //! path that it touches while a snapshot is held. Hashes are computed when somebody asks for a
-//! root and cached in the nodes, so that a batch of writes pays once, and so that a root computed
-//! on a snapshot, on any thread, is there for everyone who shares the nodes.
+//! root and cached, each beside the pointer to its node, so that a batch of writes pays once, and so
+//! that a root computed on a snapshot, on any thread, is there for everyone who shares the nodes
+//! above.
 //!
 //! The idea of a trie whose shape the keys' hashes decide is that of merklet and of Merkle search
 //! trees (Auvolat and Taïani, 2019); hashing real child hashes (never their sum or XOR) is what
@@ -28,7 +29,7 @@ use std::hash::Hasher;
 pub use hash::{Hash, KeyHash};
 pub(crate) use hash::{from_hex, sent_as_bytes, shown_as_hex};
 pub use node::{Entry, LEAF_ENTRIES};
-use node::{Inner, Leaf, Node};
+use node::{Kind, Node, find};
 pub use path::{KeyPrefix, Path};
 
 /// The tree's layout and hashes on the wire; peers with different ones refuse each other.
@@ -115,11 +116,11 @@ impl Tree {
         let mut node = self.top.as_ref()?;
         let mut depth = 0;
         loop {
-            match node {
-                Node::Leaf(leaf) => {
-                    return leaf.find(depth, hash, key).ok().and_then(|at| leaf.entries.get(at));
+            match &node.kind {
+                Kind::Leaf(entries) => {
+                    return find(entries, depth, hash, key).ok().and_then(|at| entries.get(at));
                 }
-                Node::Inner(inner) => node = inner.child(hash.nibble(depth))?,
+                Kind::Inner(inner) => node = inner.child(hash.nibble(depth))?,
             }
             depth += 1;
         }
@@ -134,7 +135,7 @@ impl Tree {
 
     /// The root: two tables with one root are equal. Hashes what changed since the last time.
     pub fn root(&self) -> Hash {
-        self.top.as_ref().map_or_else(|| Hash::of_leaf(std::iter::empty()), |node| *node.hash())
+        self.top.as_ref().map_or_else(|| Hash::of_leaf(std::iter::empty()), Node::hash)
     }
 
     /// All entries, in the order of their keys' hashes.
@@ -145,19 +146,16 @@ impl Tree {
     /// What is at a path.
     pub(crate) fn subtree(&self, path: &Path) -> Subtree<'_> {
         let Some(mut node) = self.top.as_ref() else { return Subtree::Empty };
-        let mut depth = 0;
-        loop {
-            match node {
-                Node::Leaf(leaf) if depth == path.depth() => return Subtree::Leaf(leaf),
-                Node::Leaf(leaf) => return Subtree::part(&leaf.entries, path),
-                Node::Inner(inner) if depth == path.depth() => return Subtree::Inner(inner),
-                Node::Inner(inner) => match inner.child(path.nibble(depth)) {
+        for depth in 0..path.depth() {
+            match &node.kind {
+                Kind::Leaf(entries) => return Subtree::part(entries, path),
+                Kind::Inner(inner) => match inner.child(path.nibble(depth)) {
                     Some(child) => node = child,
                     None => return Subtree::Empty,
                 },
             }
-            depth += 1;
         }
+        Subtree::Node(node)
     }
 }
 
@@ -205,10 +203,9 @@ impl std::hash::Hash for Tree {
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Subtree<'a> {
     Empty,
-    Leaf(&'a Leaf),
+    Node(&'a Node),
     /// A part of a leaf; never empty.
     Part(&'a [Entry]),
-    Inner(&'a Inner),
 }
 
 impl<'a> Subtree<'a> {
@@ -222,9 +219,8 @@ impl<'a> Subtree<'a> {
     pub(crate) fn len(&self) -> usize {
         match self {
             Self::Empty => 0,
-            Self::Leaf(leaf) => leaf.entries.len(),
+            Self::Node(node) => node.len(),
             Self::Part(entries) => entries.len(),
-            Self::Inner(inner) => inner.len,
         }
     }
 
@@ -232,9 +228,8 @@ impl<'a> Subtree<'a> {
     pub(crate) fn hash(&self) -> Option<Hash> {
         match self {
             Self::Empty => None,
-            Self::Leaf(leaf) => Some(*leaf.hash()),
+            Self::Node(node) => Some(node.hash()),
             Self::Part(entries) => Some(Hash::of_leaf(entries.iter().map(Entry::hash))),
-            Self::Inner(inner) => Some(*inner.hash()),
         }
     }
 
@@ -242,12 +237,12 @@ impl<'a> Subtree<'a> {
     pub(crate) fn child(&self, path: &Path) -> Self {
         match self {
             Self::Empty => Self::Empty,
-            Self::Leaf(leaf) => Self::part(&leaf.entries, path),
             Self::Part(entries) => Self::part(entries, path),
-            Self::Inner(inner) => match inner.child(path.nibble(path.depth().saturating_sub(1))) {
-                None => Self::Empty,
-                Some(Node::Leaf(leaf)) => Self::Leaf(leaf),
-                Some(Node::Inner(inner)) => Self::Inner(inner),
+            Self::Node(node) => match &node.kind {
+                Kind::Leaf(entries) => Self::part(entries, path),
+                Kind::Inner(inner) => inner
+                    .child(path.nibble(path.depth().saturating_sub(1)))
+                    .map_or(Self::Empty, Self::Node),
             },
         }
     }
@@ -256,9 +251,8 @@ impl<'a> Subtree<'a> {
         let mut entries = Entries { inner: Vec::new(), leaf: [].iter(), left: self.len() };
         match self {
             Self::Empty => {}
-            Self::Leaf(leaf) => entries.leaf = leaf.entries.iter(),
             Self::Part(part) => entries.leaf = part.iter(),
-            Self::Inner(inner) => entries.inner.push(inner.children.iter()),
+            Self::Node(node) => entries.enter(node),
         }
         entries
     }
@@ -271,6 +265,15 @@ pub struct Entries<'a> {
     inner: Vec<std::slice::Iter<'a, Option<Node>>>,
     leaf: std::slice::Iter<'a, Entry>,
     left: usize,
+}
+
+impl<'a> Entries<'a> {
+    fn enter(&mut self, node: &'a Node) {
+        match &node.kind {
+            Kind::Leaf(entries) => self.leaf = entries.iter(),
+            Kind::Inner(inner) => self.inner.push(inner.children.iter()),
+        }
+    }
 }
 
 impl<'a> Iterator for Entries<'a> {
@@ -287,8 +290,7 @@ impl<'a> Iterator for Entries<'a> {
                     self.inner.pop();
                 }
                 Some(None) => {}
-                Some(Some(Node::Leaf(leaf))) => self.leaf = leaf.entries.iter(),
-                Some(Some(Node::Inner(inner))) => self.inner.push(inner.children.iter()),
+                Some(Some(node)) => self.enter(node),
             }
         }
     }

@@ -5,6 +5,7 @@
 //! an inner node.
 
 use std::fmt;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use serde::{Deserialize, Serialize};
 
@@ -25,6 +26,47 @@ pub struct Hash([u8; 24]);
 /// Two keys with one hash share a leaf; the tree compares the keys themselves.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct KeyHash([u8; 16]);
+
+/// A node's hash, computed when somebody asks.
+///
+/// What an `OnceLock` does, but for a function that gives the same whenever it is called: threads that
+/// ask at once all compute, and write the same words. A copy is four loads and four stores then;
+/// that of an `OnceLock` made the copy of an inner node, which has 16 of them, three times as dear.
+#[derive(Debug, Default)]
+pub(super) struct CachedHash {
+    words: [AtomicU64; 3],
+    /// Set after the words.
+    known: AtomicBool,
+}
+
+impl CachedHash {
+    pub(super) fn get_or(&self, compute: impl FnOnce() -> Hash) -> Hash {
+        let mut bytes = [0; Hash::BYTES];
+        let words = bytes.as_chunks_mut().0.iter_mut().zip(&self.words);
+        if self.known.load(Ordering::Acquire) {
+            words.for_each(|(bytes, word)| *bytes = word.load(Ordering::Relaxed).to_ne_bytes());
+            return Hash(bytes);
+        }
+        let hash = compute();
+        for (bytes, word) in hash.0.as_chunks().0.iter().zip(&self.words) {
+            word.store(u64::from_ne_bytes(*bytes), Ordering::Relaxed);
+        }
+        self.known.store(true, Ordering::Release);
+        hash
+    }
+
+    pub(super) fn forget(&mut self) {
+        *self.known.get_mut() = false;
+    }
+}
+
+impl Clone for CachedHash {
+    fn clone(&self) -> Self {
+        let known = AtomicBool::new(self.known.load(Ordering::Acquire));
+        let word = |word: &AtomicU64| AtomicU64::new(word.load(Ordering::Relaxed));
+        Self { known, words: self.words.each_ref().map(word) }
+    }
+}
 
 impl Hash {
     /// Its width in bytes.

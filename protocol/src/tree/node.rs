@@ -2,8 +2,10 @@
 
 use std::cmp::Ordering;
 use std::fmt;
-use std::sync::{Arc, OnceLock};
+use std::hint::black_box;
+use std::sync::Arc;
 
+use super::hash::CachedHash;
 use super::{Hash, KeyHash, Path};
 
 /// A subtree of at most this many entries is one leaf; of more, an inner node.
@@ -11,9 +13,6 @@ use super::{Hash, KeyHash, Path};
 /// 32 keeps a table of a million at four levels (15 entries in a leaf on the average), at 60 bytes
 /// beside each key; with 16, almost half of its keys would sit in leaves of one or two.
 pub const LEAF_ENTRIES: usize = 32;
-
-/// Room for this many more entries is made when a leaf is full: doubling would waste a quarter.
-const LEAF_STEP: usize = 4;
 
 /// One key of the table, as the tree knows it: the value stays in the store.
 #[derive(Clone, PartialEq, Eq)]
@@ -80,80 +79,75 @@ impl fmt::Debug for Entry {
     }
 }
 
-/// A node as its parent holds it. The kind is told by the parent, which saves a cache miss.
+/// A node as whoever is above it holds it, its parent or the tree.
+///
+/// Its kind and its hash are kept there. So a parent is hashed, and compared in a walk, by what is
+/// in its own memory: 15 siblings of a changed node would be 15 cache misses.
 #[derive(Clone, Debug)]
-pub(super) enum Node {
-    Leaf(Arc<Leaf>),
+pub(crate) struct Node {
+    /// Empty from a change in the node or below it until somebody asks.
+    hash: CachedHash,
+    pub(super) kind: Kind,
+}
+
+#[derive(Clone, Debug)]
+pub(super) enum Kind {
+    /// In the order of the trie; never empty. One piece of memory, of which the parent knows where it
+    /// is and how long, so that a search begins with the entry and not with a header. A new key
+    /// copies it: it would have to move up half of the entries anyway.
+    Leaf(Arc<[Entry]>),
     Inner(Arc<Inner>),
 }
 
-#[derive(Debug, Default)]
-pub(crate) struct Leaf {
-    /// Empty from a change until somebody asks.
-    hash: OnceLock<Hash>,
-    /// In the order of the trie; never empty.
-    pub(super) entries: Vec<Entry>,
-}
-
 #[derive(Debug)]
-pub(crate) struct Inner {
-    /// Empty from a change below it until somebody asks.
-    hash: OnceLock<Hash>,
+pub(super) struct Inner {
     pub(super) len: usize,
     pub(super) children: [Option<Node>; 16],
 }
 
-impl Clone for Leaf {
-    /// A copy is made to be changed: with room for one more entry, and without the hash.
-    fn clone(&self) -> Self {
-        let mut entries = Vec::with_capacity(self.entries.len() + 1);
-        entries.extend_from_slice(&self.entries);
-        Self { hash: OnceLock::new(), entries }
+/// The place of a key among the entries of a leaf, or the place where it belongs.
+///
+/// Hashes are spread evenly, so the search begins where the key would be if they were spread
+/// perfectly, and goes on from neighbour to neighbour. That touches two or three cache lines
+/// where halving touches five, each of them a miss in a large table.
+pub(super) fn find(
+    entries: &[Entry],
+    depth: usize,
+    hash: &KeyHash,
+    key: &[u8],
+) -> Result<usize, usize> {
+    let order = |at: usize| entries.get(at).map(|there| there.order().cmp(&(hash, key)));
+    let mut at = (entries.len() * hash.below(depth)) >> 16;
+    while order(at) == Some(Ordering::Less) {
+        at += 1;
+    }
+    loop {
+        match order(at) {
+            Some(Ordering::Equal) => return Ok(at),
+            Some(Ordering::Less) => return Err(at + 1),
+            Some(Ordering::Greater) | None if at == 0 => return Err(0),
+            Some(Ordering::Greater) | None => at -= 1,
+        }
     }
 }
 
 impl Clone for Inner {
-    /// A copy is made to be changed: without the hash.
     fn clone(&self) -> Self {
-        Self { hash: OnceLock::new(), len: self.len, children: self.children.clone() }
-    }
-}
-
-impl Leaf {
-    pub(super) fn hash(&self) -> &Hash {
-        self.hash.get_or_init(|| Hash::of_leaf(self.entries.iter().map(|entry| &entry.hash)))
-    }
-
-    /// The place of a key, or the place where it belongs.
-    ///
-    /// Hashes are spread evenly, so the search begins where the key would be if they were spread
-    /// perfectly, and goes on from neighbour to neighbour. That touches two or three cache lines
-    /// where halving touches five, each of them a miss in a large table.
-    pub(super) fn find(&self, depth: usize, hash: &KeyHash, key: &[u8]) -> Result<usize, usize> {
-        let order = |at: usize| self.entries.get(at).map(|there| there.order().cmp(&(hash, key)));
-        let mut at = (self.entries.len() * hash.below(depth)) >> 16;
-        while order(at) == Some(Ordering::Less) {
-            at += 1;
-        }
-        loop {
-            match order(at) {
-                Some(Ordering::Equal) => return Ok(at),
-                Some(Ordering::Less) => return Err(at + 1),
-                Some(Ordering::Greater) | None if at == 0 => return Err(0),
-                Some(Ordering::Greater) | None => at -= 1,
-            }
-        }
+        self.touch();
+        Self { len: self.len, children: self.children.clone() }
     }
 }
 
 impl Inner {
-    pub(super) fn hash(&self) -> &Hash {
-        self.hash.get_or_init(|| {
-            Hash::of_inner(
-                self.present(),
-                self.children.iter().flatten().map(|child| *child.hash()),
-            )
-        })
+    /// Loads what a copy is going to count up, 16 references in 16 places, all at once. Counting
+    /// waits for memory each time: without this a write below a snapshot takes a seventh longer.
+    fn touch(&self) {
+        for child in self.children.iter().flatten() {
+            black_box(match &child.kind {
+                Kind::Leaf(entries) => Arc::strong_count(entries),
+                Kind::Inner(inner) => Arc::strong_count(inner),
+            });
+        }
     }
 
     /// Bit n is set if there is a child at nibble n.
@@ -169,7 +163,7 @@ impl Inner {
     fn into_leaf(self) -> Node {
         let mut entries = Vec::with_capacity(self.len);
         self.children.into_iter().flatten().for_each(|child| child.into_entries(&mut entries));
-        Node::Leaf(Arc::new(Leaf { hash: OnceLock::new(), entries }))
+        Node::leaf(entries.into())
     }
 
     fn slot(&mut self, nibble: usize) -> &mut Option<Node> {
@@ -178,41 +172,44 @@ impl Inner {
 }
 
 impl Node {
-    pub(super) fn hash(&self) -> &Hash {
-        match self {
-            Self::Leaf(leaf) => leaf.hash(),
-            Self::Inner(inner) => inner.hash(),
-        }
+    fn leaf(entries: Arc<[Entry]>) -> Self {
+        Self { hash: CachedHash::default(), kind: Kind::Leaf(entries) }
+    }
+
+    fn inner(inner: Inner) -> Self {
+        Self { hash: CachedHash::default(), kind: Kind::Inner(Arc::new(inner)) }
+    }
+
+    pub(super) fn hash(&self) -> Hash {
+        self.hash.get_or(|| match &self.kind {
+            Kind::Leaf(entries) => Hash::of_leaf(entries.iter().map(Entry::hash)),
+            Kind::Inner(inner) => {
+                let children = inner.children.iter().flatten();
+                Hash::of_inner(inner.present(), children.map(Self::hash))
+            }
+        })
     }
 
     pub(super) fn len(&self) -> usize {
-        match self {
-            Self::Leaf(leaf) => leaf.entries.len(),
-            Self::Inner(inner) => inner.len,
+        match &self.kind {
+            Kind::Leaf(entries) => entries.len(),
+            Kind::Inner(inner) => inner.len,
         }
     }
 
-    /// A subtree of `count` entries, which `sorted` yields next, in the order of the trie.
-    pub(super) fn build(
-        sorted: &mut std::vec::IntoIter<Entry>,
-        count: usize,
-        depth: usize,
-    ) -> Self {
-        if count <= LEAF_ENTRIES || depth == Path::MAX_DEPTH {
-            let entries = sorted.take(count).collect();
-            return Self::Leaf(Arc::new(Leaf { hash: OnceLock::new(), entries }));
+    /// A subtree of these entries, which are in the order of the trie.
+    pub(super) fn build(sorted: &[Entry], depth: usize) -> Self {
+        if sorted.len() <= LEAF_ENTRIES || depth == Path::MAX_DEPTH {
+            return Self::leaf(sorted.into());
         }
-        let mut children = [const { None }; 16];
-        let mut left = count;
-        for (nibble, child) in children.iter_mut().enumerate() {
-            let below = sorted.as_slice().get(..left).unwrap_or_default();
-            let here = below.partition_point(|entry| entry.key_hash.nibble(depth) == nibble);
-            if here > 0 {
-                *child = Some(Self::build(sorted, here, depth + 1));
-                left -= here;
-            }
-        }
-        Self::Inner(Arc::new(Inner { hash: OnceLock::new(), len: count, children }))
+        let mut left = sorted;
+        let children = std::array::from_fn(|nibble| {
+            let here = left.partition_point(|entry| entry.key_hash.nibble(depth) == nibble);
+            let (here, behind) = left.split_at(here);
+            left = behind;
+            (!here.is_empty()).then(|| Self::build(here, depth + 1))
+        });
+        Self::inner(Inner { len: sorted.len(), children })
     }
 
     /// A subtree of entries in any order, of which the last of a key counts.
@@ -236,25 +233,24 @@ impl Node {
             }
             same
         });
-        let count = sorted.len();
-        (count > 0).then(|| Self::build(&mut sorted.into_iter(), count, depth))
+        (!sorted.is_empty()).then(|| Self::build(&sorted, depth))
     }
 
     /// The node over these children: what fits a leaf is a leaf, so the shape follows the content.
     pub(super) fn join(children: [Option<Self>; 16]) -> Option<Self> {
         let len = children.iter().flatten().map(Self::len).sum();
-        let inner = Inner { hash: OnceLock::new(), len, children };
+        let inner = Inner { len, children };
         match len {
             0 => None,
             1..=LEAF_ENTRIES => Some(inner.into_leaf()),
-            _ => Some(Self::Inner(Arc::new(inner))),
+            _ => Some(Self::inner(inner)),
         }
     }
 
     fn into_entries(self, into: &mut Vec<Entry>) {
-        match self {
-            Self::Leaf(leaf) => into.extend_from_slice(&leaf.entries),
-            Self::Inner(inner) => {
+        match self.kind {
+            Kind::Leaf(entries) => into.extend_from_slice(&entries),
+            Kind::Inner(inner) => {
                 let children = inner.children.iter().flatten();
                 children.for_each(|child| child.clone().into_entries(into));
             }
@@ -264,41 +260,35 @@ impl Node {
 
 /// Puts an entry below `slot`, a node at `depth`; the hash that the key had before.
 pub(super) fn insert(slot: &mut Option<Node>, depth: usize, entry: Entry) -> Option<Hash> {
-    match slot {
-        None => {
-            *slot =
-                Some(Node::Leaf(Arc::new(Leaf { hash: OnceLock::new(), entries: vec![entry] })));
-            None
-        }
-        Some(Node::Inner(inner)) => {
+    let Some(node) = slot else {
+        *slot = Some(Node::leaf(Arc::new([entry])));
+        return None;
+    };
+    node.hash.forget();
+    match &mut node.kind {
+        Kind::Inner(inner) => {
             let inner = Arc::make_mut(inner);
-            inner.hash.take();
             let nibble = entry.key_hash.nibble(depth);
             let old = insert(inner.slot(nibble), depth + 1, entry);
             inner.len += usize::from(old.is_none());
             old
         }
-        Some(Node::Leaf(leaf)) => match leaf.find(depth, &entry.key_hash, entry.key()) {
+        Kind::Leaf(entries) => match find(entries, depth, &entry.key_hash, entry.key()) {
             Ok(at) => {
-                let leaf = Arc::make_mut(leaf);
-                leaf.hash.take();
-                let there = leaf.entries.get_mut(at).expect("the search found this place");
+                let there = Arc::make_mut(entries).get_mut(at);
+                let there = there.expect("the search found this place");
                 Some(std::mem::replace(&mut there.hash, entry.hash))
             }
-            Err(at) if leaf.entries.len() < LEAF_ENTRIES || depth == Path::MAX_DEPTH => {
-                let leaf = Arc::make_mut(leaf);
-                leaf.hash.take();
-                if leaf.entries.len() == leaf.entries.capacity() {
-                    leaf.entries.reserve_exact(LEAF_STEP);
-                }
-                leaf.entries.insert(at, entry);
-                None
-            }
             Err(at) => {
-                let mut entries = leaf.entries.clone();
-                entries.insert(at, entry);
-                let count = entries.len();
-                *slot = Some(Node::build(&mut entries.into_iter(), count, depth));
+                let (before, behind) = entries.split_at(at);
+                let all = before.iter().cloned().chain([entry]).chain(behind.iter().cloned());
+                let count = entries.len() + 1;
+                if count <= LEAF_ENTRIES || depth == Path::MAX_DEPTH {
+                    *entries = all.collect();
+                } else {
+                    let all: Vec<Entry> = all.collect();
+                    *node = Node::build(&all, depth);
+                }
                 None
             }
         },
@@ -307,40 +297,36 @@ pub(super) fn insert(slot: &mut Option<Node>, depth: usize, entry: Entry) -> Opt
 
 /// Takes an entry from below `slot`, a node at `depth`; the hash that the key had.
 ///
-/// An absent key leaves everything as it was, cached hashes and shared nodes included: `present`
-/// is asked first.
+/// The caller knows that it is there: an absent key would clear hashes and copy shared nodes.
 pub(super) fn remove(
     slot: &mut Option<Node>,
     depth: usize,
     hash: &KeyHash,
     key: &[u8],
 ) -> Option<Hash> {
-    let old = match slot {
-        None => None,
-        Some(Node::Leaf(leaf)) => {
-            let at = leaf.find(depth, hash, key).ok()?;
-            let leaf = Arc::make_mut(leaf);
-            leaf.hash.take();
-            let old = leaf.entries.remove(at);
-            if leaf.entries.capacity() > leaf.entries.len() + 2 * LEAF_STEP {
-                leaf.entries.shrink_to(leaf.entries.len() + LEAF_STEP);
-            }
-            Some(old.hash)
+    let node = slot.as_mut()?;
+    node.hash.forget();
+    let old = match &mut node.kind {
+        Kind::Leaf(entries) => {
+            let at = find(entries, depth, hash, key).ok()?;
+            let (before, behind) = entries.split_at(at);
+            let (old, behind) = behind.split_first()?;
+            let old = old.hash;
+            *entries = before.iter().chain(behind).cloned().collect();
+            old
         }
-        Some(Node::Inner(inner)) => {
+        Kind::Inner(inner) => {
             let inner = Arc::make_mut(inner);
-            inner.hash.take();
-            let old = remove(inner.slot(hash.nibble(depth)), depth + 1, hash, key);
-            inner.len -= usize::from(old.is_some());
+            let old = remove(inner.slot(hash.nibble(depth)), depth + 1, hash, key)?;
+            inner.len -= 1;
+            if inner.len <= LEAF_ENTRIES {
+                *node = inner.clone().into_leaf();
+            }
             old
         }
     };
-    match slot {
-        Some(node) if node.len() == 0 => *slot = None,
-        Some(Node::Inner(inner)) if inner.len <= LEAF_ENTRIES => {
-            *slot = Some(Inner::clone(inner).into_leaf());
-        }
-        Some(_) | None => {}
+    if node.len() == 0 {
+        *slot = None;
     }
-    old
+    Some(old)
 }
