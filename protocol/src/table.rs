@@ -10,7 +10,7 @@ use crate::limits::{CHANGE_OVERHEAD, LimitError, Limits};
 use crate::log::Chunk;
 use crate::position::{Chain, Digest, Epoch, Position, Revision};
 use crate::store::{Reader, Store, StoreError};
-use crate::tree::{Entry, Hash, KeyHash, KeyPrefix, Tree};
+use crate::tree::{Hash, KeyHash, KeyPrefix, Tree};
 use crate::wire::LiveFrame;
 
 /// Single changes are put together into frames of up to about this size: about as much as a
@@ -274,14 +274,17 @@ impl fmt::Debug for Table {
 /// The tree of what a store holds.
 pub(crate) fn build(
     reader: &dyn Reader,
-    check: impl Fn(&Key, &Value) -> Result<(), LimitError>,
+    check: impl Fn(&Key, &Value) -> Result<(), LimitError> + Sync,
 ) -> Result<Tree, StoreError> {
-    let entry = |entry: Result<(Key, Value), StoreError>| {
-        let (key, value) = entry?;
-        check(&key, &value).map_err(StoreError::new)?;
-        Ok(Entry::new(&key, &value))
-    };
-    reader.snapshot().map(entry).collect()
+    let mut failed = None;
+    let entries = reader.snapshot().map_while(|entry| {
+        let checked = entry.and_then(|(key, value)| {
+            check(&key, &value).map_err(StoreError::new).map(|()| (key, value))
+        });
+        checked.map_err(|error| failed = Some(error)).ok()
+    });
+    let tree = Tree::build(entries);
+    failed.map_or(Ok(tree), Err)
 }
 
 /// Does to a tree what a change did to its store.

@@ -20,6 +20,7 @@
 //! trees (Auvolat and Taïani, 2019); hashing real child hashes (never their sum or XOR) is what
 //! keeps a table from being forged.
 
+mod build;
 mod hash;
 mod node;
 mod path;
@@ -64,12 +65,17 @@ impl Tree {
 
     /// A tree of unsorted entries; of a key that comes twice the last value counts.
     ///
-    /// Four times as fast as inserting one by one: O(n log n), with memory touched in order. No
-    /// node is hashed before a root is asked for.
-    pub fn build<K: AsRef<[u8]>, V: AsRef<[u8]>>(
-        entries: impl IntoIterator<Item = (K, V)>,
-    ) -> Self {
-        entries.into_iter().map(|(k, v)| Entry::new(k.as_ref(), v.as_ref())).collect()
+    /// Six times as fast as inserting one by one: O(n log n), with memory touched in order and, from
+    /// 65,536 entries on, on all processors, for which the caller waits. No node is hashed before a
+    /// root is asked for.
+    pub fn build<K, V, I>(entries: I) -> Self
+    where
+        K: AsRef<[u8]> + Send,
+        V: AsRef<[u8]> + Send,
+        I: IntoIterator<Item = (K, V), IntoIter: Send>,
+    {
+        let entry = |(key, value): (K, V)| Entry::new(key.as_ref(), value.as_ref());
+        Self { top: build::hash_and_build(entries.into_iter(), entry) }
     }
 
     /// How many keys there are. O(1).
@@ -161,23 +167,8 @@ impl Tree {
 
 impl FromIterator<Entry> for Tree {
     /// A tree of entries that are hashed already; of a key that comes twice the last one counts.
-    ///
-    /// The entries are dealt out by the first byte of their hashes, so that each part is sorted
-    /// within a processor's cache and its memory is free again before the next: fresh memory costs
-    /// as much as the hashes.
     fn from_iter<I: IntoIterator<Item = Entry>>(entries: I) -> Self {
-        let entries = entries.into_iter();
-        let count = entries.size_hint().0;
-        let mut parts = Vec::new();
-        parts.resize_with(256, || Vec::with_capacity(count / 256 + count / 2048));
-        for entry in entries {
-            if let Some(part) = parts.get_mut(usize::from(entry.key_hash().as_bytes()[0])) {
-                part.push(entry);
-            }
-        }
-        let mut parts = parts.into_iter().map(|part| Node::build_unsorted(part, 2));
-        let mut half = || Node::join(std::array::from_fn(|_| parts.next().flatten()));
-        Self { top: Node::join(std::array::from_fn(|_| half())) }
+        Self { top: build::build(entries.into_iter()) }
     }
 }
 

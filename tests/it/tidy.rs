@@ -49,7 +49,10 @@ fn the_protocol_is_pure() {
     for path in sources("protocol/src") {
         let text = fs::read_to_string(&path).unwrap();
         for word in ["std::net", "std::fs", "std::thread", "Instant", "SystemTime", "async fn"] {
-            assert!(!text.contains(word), "{} has {word}", path.display());
+            // Threads that end in the function that starts them are how it computes. (clippy.toml
+            // keeps `spawn` out of there, too.)
+            let forks = word == "std::thread" && path.ends_with("protocol/src/tree/build.rs");
+            assert!(forks || !text.contains(word), "{} has {word}", path.display());
         }
     }
 }

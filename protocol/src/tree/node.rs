@@ -212,30 +212,6 @@ impl Node {
         Self::inner(Inner { len: sorted.len(), children })
     }
 
-    /// A subtree of entries in any order, of which the last of a key counts.
-    pub(super) fn build_unsorted(entries: Vec<Entry>, depth: usize) -> Option<Self> {
-        // What is sorted are 16 bytes an entry, and then each entry moves once. The place among
-        // the others keeps entries of one key in the order in which they came.
-        let bits = entries.iter().map(|entry| entry.key_hash.first_bits());
-        let mut places: Vec<(u64, usize)> = bits.zip(0..).collect();
-        places.sort_unstable();
-        let moved = places.into_iter().filter_map(|(_, at)| entries.get(at).cloned());
-        let mut sorted: Vec<Entry> = moved.collect();
-        drop(entries);
-        if !sorted.is_sorted_by(|a, b| a.order() <= b.order()) {
-            // Two hashes agree in 64 bits. Stable, and quick on what is all but sorted.
-            sorted.sort_by(|a, b| a.order().cmp(&b.order()));
-        }
-        sorted.dedup_by(|later, kept| {
-            let same = later.order() == kept.order();
-            if same {
-                std::mem::swap(later, kept);
-            }
-            same
-        });
-        (!sorted.is_empty()).then(|| Self::build(&sorted, depth))
-    }
-
     /// The node over these children: what fits a leaf is a leaf, so the shape follows the content.
     pub(super) fn join(children: [Option<Self>; 16]) -> Option<Self> {
         let len = children.iter().flatten().map(Self::len).sum();

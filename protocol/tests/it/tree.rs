@@ -104,6 +104,19 @@ fn of_a_key_built_twice_the_last_value_counts() {
 }
 
 #[test]
+fn a_large_table_is_built_in_its_order() {
+    // More than one thread takes at a time, twice over; the second value of a key is in another piece.
+    let entries = (0..200_000_u32).map(|n| ((n % 100_000).to_be_bytes(), n.to_be_bytes()));
+    let mut one_by_one = Tree::new();
+    for (key, value) in entries.clone().skip(100_000) {
+        one_by_one.insert(&key, &value);
+    }
+    assert_eq!(Tree::build(entries.clone()).len(), 100_000);
+    assert_eq!(Tree::build(entries.clone()), one_by_one);
+    assert_eq!(entries.map(|(k, v)| Entry::new(&k, &v)).collect::<Tree>(), one_by_one);
+}
+
+#[test]
 fn key_and_value_do_not_run_into_each_other() {
     assert_ne!(Hash::of_entry(b"ab", b"c"), Hash::of_entry(b"a", b"bc"));
     assert_ne!(Tree::build([("", "")]).root(), Tree::new().root());
