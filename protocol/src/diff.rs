@@ -36,9 +36,8 @@ use crate::wire::Raw;
 /// Most levels below a node that one query may ask for: 16^3 hashes a node.
 pub const MAX_LEVELS: u8 = 3;
 
-/// A subtree of at most this many entries is answered with its entries, unless a query says
-/// otherwise. That is the size of a leaf: a table of a million has about 15 in each node of its
-/// fourth level, and none that would cost another round.
+/// A subtree of at most this many entries, at least, is answered with its entries: the size of a
+/// leaf. A walk asks for more where the sizes of the tables say that this saves a round.
 pub const SMALL: u32 = 32;
 
 /// How many bytes of each hash an answer holds.
