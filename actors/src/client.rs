@@ -121,7 +121,8 @@ pub enum Event {
     Change {
         /// The change.
         change: Change,
-        /// Its revision; where the stream stands, for a repair.
+        /// Its revision; where the stream stands, for a repair; of changes that were missed and come one a key,
+        /// that of a later one.
         revision: Revision,
         /// It is a repair.
         repair: bool,
@@ -161,7 +162,8 @@ pub enum Event {
     },
     /// A diff ended.
     Diff(DiffOutcome),
-    /// The store refused a change. A diff follows.
+    /// The store refused a change, and a diff follows; or it could not be looked through, and nothing is
+    /// verified.
     Refused(Arc<StoreError>),
 }
 
@@ -222,7 +224,7 @@ enum Computed {
     Root(ConnectionId, RootOf, Option<Hash>),
     Answer(ConnectionId, DiffId, Option<Result<tablecast_protocol::diff::Answer, ProtocolError>>),
     /// The root of what the store holds at a mark, and keys that the tree is wrong about.
-    Scrubbed(ConnectionId, Revision, Option<(Hash, Vec<Key>)>),
+    Scrubbed(ConnectionId, u64, Option<(Hash, Vec<Key>, Option<StoreError>)>),
 }
 
 /// Who waits for a revision of a history, or for any.
@@ -237,6 +239,10 @@ struct Waiter {
 #[derive(Debug)]
 struct Running {
     since: Instant,
+    /// Where the stream stood.
+    at: Option<Position>,
+    /// The table had been changed beside the server: it still is if the diff comes to nothing.
+    changed: bool,
     /// When it got a place at the server.
     started: Option<Instant>,
     progress: Progress,
@@ -291,6 +297,8 @@ pub struct Client {
     corrupt: u64,
     /// The next diff may delete what it likes.
     allowed: bool,
+    /// The last diff was held, and is asked for once more.
+    held_before: bool,
     way: Option<Way>,
     /// Of the connections before this one, and of this one.
     traffic: (Traffic, Traffic),
@@ -331,6 +339,7 @@ impl Client {
             refusal: None,
             corrupt: 0,
             allowed: false,
+            held_before: false,
             way: None,
             traffic: (Traffic::default(), Traffic::default()),
             stopping: false,
@@ -391,18 +400,7 @@ impl Client {
             let connection = *connection;
             match output {
                 Output::Send(message) => self.tell(Command::Send(connection, message)),
-                Output::Connected(at, way) => {
-                    info!(epoch = %at.epoch, revision = %at.revision, %way, "connected");
-                    self.connects += 1;
-                    self.restarts.reset();
-                    metrics::connected(way);
-                    self.way = Some(way);
-                    self.emit(|| Event::Connected(at, way));
-                    self.fail_waiters(at.epoch);
-                    if !way.resumes() {
-                        self.want_diff(false);
-                    }
-                }
+                Output::Connected(at, way) => self.connected(at, way),
                 Output::Apply { first, changes } => {
                     let revisions = (first.0..=u64::MAX).map(Revision);
                     self.follow(revisions.zip(changes), ctx);
@@ -426,10 +424,14 @@ impl Client {
                 Output::Held { writes, deletes, keys, .. } => {
                     self.held(writes, deletes, keys, ctx);
                 }
-                Output::Mark { revision, ends_diff: false } if self.config.scrub => {
-                    self.scrub(connection, revision, ctx);
+                Output::Checkpoint(number) if self.config.scrub => {
+                    self.scrub(connection, number, ctx);
                 }
-                Output::Mark { revision, .. } => {
+                Output::Checkpoint(number) => {
+                    let tree = self.replica.tree().clone();
+                    self.compute_root(connection, RootOf::Checkpoint(number), tree, ctx);
+                }
+                Output::Mark(revision) => {
                     let tree = self.replica.tree().clone();
                     self.compute_root(connection, RootOf::Mark(revision), tree, ctx);
                 }
@@ -456,6 +458,20 @@ impl Client {
         self.begin_diff(ctx);
     }
 
+    /// The handshake is through.
+    fn connected(&mut self, at: Position, way: Way) {
+        info!(epoch = %at.epoch, revision = %at.revision, %way, "connected");
+        self.connects += 1;
+        self.restarts.reset();
+        metrics::connected(way);
+        self.way = Some(way);
+        self.emit(|| Event::Connected(at, way));
+        self.fail_waiters(at.epoch);
+        if !way.resumes() {
+            self.want_diff(false);
+        }
+    }
+
     fn compute_root(
         &self,
         connection: ConnectionId,
@@ -469,41 +485,71 @@ impl Client {
     }
 
     /// Looks the store through at a mark, and computes the root of what is there.
-    fn scrub(&self, connection: ConnectionId, revision: Revision, ctx: &mut Context<Self>) {
+    fn scrub(&self, connection: ConnectionId, checkpoint: u64, ctx: &mut Context<Self>) {
         // Both of this moment.
         let (mut tree, entries) = (self.replica.tree().clone(), self.replica.reader().snapshot());
         let scrub = move || {
-            let found = scrub(&tree, entries, SCRUBBED_KEYS).unwrap_or_else(|error| {
-                warn!(%error, "the store cannot be looked through");
-                Vec::new()
-            });
+            let (found, error) = scrub(&tree, entries, SCRUBBED_KEYS);
             for Correction { key, entry } in &found {
                 match entry {
                     Some(entry) => tree.insert_entry(entry.clone()),
                     None => tree.remove(key),
                 };
             }
-            (tree.root(), found.into_iter().map(|found| found.key).collect())
+            (tree.root(), found.into_iter().map(|found| found.key).collect(), error)
         };
         let scrubbed = actix_rt::task::spawn_blocking(scrub).into_actor(self);
         ctx.spawn(scrubbed.map(move |scrubbed, _, ctx| {
-            ctx.notify(Computed::Scrubbed(connection, revision, scrubbed.ok()));
+            ctx.notify(Computed::Scrubbed(connection, checkpoint, scrubbed.ok()));
         }));
     }
 
     /// These keys have been changed behind this actor's back: the tree is told what is there now. That
     /// its root is not the server's leads to a diff.
-    fn corrupted(&mut self, keys: Vec<Key>) {
+    fn corrupted(&mut self, keys: Vec<Key>, ctx: &mut Context<Self>) {
         let Some(example) = keys.first().cloned() else { return };
         warn!(keys = keys.len(), "the store has been changed behind the follower's back");
+        self.changed = true;
+        self.position = None;
         for key in &keys {
             if let Err(error) = self.replica.look_up(key) {
                 self.refuse(error);
+                self.retry_diff(true, ctx);
             }
         }
         self.corrupt += keys.len() as u64;
         metrics::corrupt(keys.len() as u64);
         self.emit(|| Event::Corrupt { keys: keys.len(), example });
+    }
+
+    fn scrubbed(
+        &mut self,
+        connection: ConnectionId,
+        checkpoint: u64,
+        scrubbed: Option<(Hash, Vec<Key>, Option<StoreError>)>,
+        ctx: &mut Context<Self>,
+    ) {
+        let Some((root, keys, error)) = scrubbed else {
+            if let Some(session) = self.session(connection) {
+                session.handle_close(Reason::Failed, "no root");
+            }
+            return;
+        };
+        let found = !keys.is_empty();
+        self.corrupted(keys, ctx);
+        // What was not read is not verified; what was found is put right.
+        let unread = error.is_some();
+        if let Some(error) = error {
+            self.refuse(error);
+        }
+        match self.session(connection) {
+            Some(session) if !unread => session.handle_root(RootOf::Checkpoint(checkpoint), root),
+            Some(session) => session.handle_unread(checkpoint),
+            None => {}
+        }
+        if found && (unread || self.session(connection).is_none()) {
+            self.want_diff(true);
+        }
     }
 
     fn progress(&mut self, progress: Progress) {
@@ -590,10 +636,12 @@ impl Client {
         let guard = self.config.mass_delete.filter(|_| !self.allowed);
         let max_deletes = guard.map_or(u64::MAX, |guard| guard.max_deletes(tree.len()));
         session.handle_diff(tree, full, max_deletes)?;
-        self.changed = false;
+        let at = session.stream();
         self.refusal = None;
         self.running = Some(Running {
             since: Instant::now(),
+            at,
+            changed: std::mem::take(&mut self.changed),
             started: None,
             progress: Progress::default(),
             traffic: Traffic::default(),
@@ -642,7 +690,7 @@ impl Client {
         // Equal at the mark; what was refused behind it is missing still.
         let whole = self.standing().is_some();
         metrics::diff_done(&report);
-        self.allowed = false;
+        (self.allowed, self.held_before) = (false, false);
         self.trouble = self.what_is_wrong(&report, whole);
         if report.equal() && whole {
             self.verified = Some(revision);
@@ -677,6 +725,20 @@ impl Client {
     /// A diff would have deleted too much. It is not asked for by the clock again: each time the whole
     /// table would be walked.
     fn held(&mut self, writes: u64, deletes: u64, keys: u64, ctx: &mut Context<Self>) {
+        // The server's snapshot may have been newer than this table: live deletes are not held.
+        let moved = self.running.as_ref().is_some_and(|diff| {
+            diff.at != self.link.as_ref().and_then(|(_, session)| session.stream())
+        });
+        if moved && !self.held_before {
+            self.held_before = true;
+            self.want_diff(false);
+            if let Some(running) = self.running.take() {
+                self.changed |= running.changed;
+                self.next.extend(running.waiting);
+            }
+            return;
+        }
+        self.held_before = false;
         warn!(writes, deletes, keys, "a repair is held: it would delete too much");
         metrics::held();
         self.trouble = Some(Health::Held { writes, deletes, keys });
@@ -686,6 +748,7 @@ impl Client {
 
     fn diff_aborted(&mut self, why: DiffAborted, ctx: &mut Context<Self>) {
         let Some(running) = self.running.take() else { return };
+        self.changed |= running.changed;
         metrics::diff_aborted();
         if matches!(why, DiffAborted::Server(_)) {
             self.retry_diff(false, ctx);
@@ -747,6 +810,8 @@ impl Client {
     fn verified(&mut self, revision: Revision, root: Hash, server_root: Hash) {
         if root == server_root {
             self.verified = Some(revision);
+            // A repair that was held is not needed any more.
+            self.trouble = None;
             return;
         }
         warn!(%revision, %root, %server_root, "the table has diverged from the server's");
@@ -803,6 +868,9 @@ impl Client {
     /// There is no connection any more.
     fn unlink(&mut self, reason: String, ctx: &mut Context<Self>) {
         let Some((_, session)) = self.link.take() else { return };
+        self.diff_aborted(DiffAborted::Disconnected, ctx);
+        // Whoever meant it meant that server.
+        self.allowed = false;
         let (before, last) = self.traffic;
         let total =
             Traffic { sent: before.sent + last.sent, received: before.received + last.received };
@@ -813,7 +881,6 @@ impl Client {
         if let Some(timer) = self.timer.take() {
             ctx.cancel_future(timer);
         }
-        self.diff_aborted(DiffAborted::Disconnected, ctx);
         for waiter in std::mem::take(&mut self.next) {
             waiter.send(DiffOutcome::Aborted(DiffAborted::Disconnected)).ok();
         }
@@ -989,7 +1056,8 @@ impl Handler<Stop> for Client {
         self.stopping = true;
         let connected = self.link.as_ref().is_some_and(|(_, session)| session.stream().is_some());
         let position = if connected { self.standing() } else { self.position };
-        let position = position.filter(|_| !self.changed);
+        let changed = self.changed || self.running.as_ref().is_some_and(|diff| diff.changed);
+        let position = position.filter(|_| !changed);
         if let Some((_, session)) = &mut self.link {
             session.handle_close(Reason::Stopping, "");
         }
@@ -1107,18 +1175,8 @@ impl Handler<Computed> for Client {
                     }
                 }
             }
-            Computed::Scrubbed(connection, revision, scrubbed) => {
-                let (root, keys) = match scrubbed {
-                    Some((root, keys)) => (Some(root), keys),
-                    None => (None, Vec::new()),
-                };
-                self.corrupted(keys);
-                if let Some(session) = self.session(connection) {
-                    match root {
-                        Some(root) => session.handle_root(RootOf::Mark(revision), root),
-                        None => session.handle_close(Reason::Failed, "no root"),
-                    }
-                }
+            Computed::Scrubbed(connection, checkpoint, scrubbed) => {
+                self.scrubbed(connection, checkpoint, scrubbed, ctx);
             }
             Computed::Answer(connection, diff, answer) => {
                 if let Some(session) = self.session(connection) {

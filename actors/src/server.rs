@@ -512,13 +512,10 @@ impl Handler<Connect> for Server {
         }
         // What was written before is in the log before the follower's place is decided.
         self.publish();
-        let (at, way, missed) = {
-            let log = self.log.lock();
-            let way = log.way(head.epoch, position.as_ref());
-            let at = position.filter(|_| way == Way::Resumed).unwrap_or(head);
-            (at, way, log.missed(at.revision))
-        };
-        middleman.do_send(Reply::Subscribed(at, way, missed));
+        let way = self.log.lock().way(head.epoch, position.as_ref());
+        let at = position.filter(|_| way == Way::Resumed).unwrap_or(head);
+        status.lock().unwrap_or_else(PoisonError::into_inner).sent = at.revision;
+        middleman.do_send(Reply::Subscribed(at, way, head));
         self.followers.insert(follower, Follower { middleman, woken, status });
     }
 }

@@ -206,7 +206,7 @@ fn fan_out(keys: &[[u8; KEY_BYTES]], idle: bool) -> anyhow::Result<()> {
         let (config, now) = (SessionConfig::default(), Duration::ZERO);
         let mut session = Session::new(config, FollowerId(number), now);
         session.handle_message(ToServer::hello("counted", &limits, None), now);
-        session.handle_subscribed(at, Way::NoPosition, log.missed(at.revision));
+        session.handle_subscribed(at, Way::NoPosition, at);
         while session.poll_transmit(&log).is_some() {}
         sessions.push(session);
     }

@@ -101,8 +101,12 @@ pub struct Session {
     /// What an answer may hold: within this end's limit, and within a frame that the server takes.
     answer_bytes: usize,
     last_diff: DiffId,
-    /// The mark behind the last diff, until both roots are there.
+    /// The mark behind the last diff, or the last one from time to time, until both roots are there.
     check: Option<Check>,
+    /// How many marks there were from time to time.
+    checkpoints: u64,
+    /// The last diff was held: the table is not known to be whole, and may become so by live changes.
+    held: bool,
     heartbeat: Heartbeat,
     outputs: VecDeque<Output>,
     #[cfg(feature = "mutations")]
@@ -195,6 +199,8 @@ pub struct Counts {
 struct Check {
     /// What is verified: the end of a diff, or the table from time to time.
     of: Option<(DiffId, Counts)>,
+    /// The number of the one from time to time.
+    number: u64,
     mark: Revision,
     ours: Option<Hash>,
     theirs: Option<Hash>,
@@ -205,8 +211,10 @@ struct Check {
 pub enum RootOf {
     /// To a diff that is about to be asked for.
     Diff(DiffId),
-    /// To a mark in the stream.
+    /// To the mark at the end of a diff.
     Mark(Revision),
+    /// To a mark from time to time, by its number.
+    Checkpoint(u64),
 }
 
 /// What the actor must do, in this order.
@@ -253,14 +261,12 @@ pub enum Output {
     },
     /// Compute the root of this snapshot away from everything else, then [`Session::handle_root`].
     Root(DiffId, Tree),
-    /// Snapshot the table *now* and compute the root away from everything else, then
+    /// The end of a diff. Snapshot the table *now* and compute the root away from everything else, then
     /// [`Session::handle_root`].
-    Mark {
-        /// Where the stream stands.
-        revision: Revision,
-        /// It is the end of a diff; not one from time to time, at which the store may be looked through.
-        ends_diff: bool,
-    },
+    Mark(Revision),
+    /// The same from time to time, and the place to look through the store as well. This is its number;
+    /// [`Session::handle_unread`] if there is no root that can be relied on.
+    Checkpoint(u64),
     /// How far the diff under way is, after every step of it.
     Progress(Progress),
     /// A diff ended, and changed nothing: it would delete more keys than [`Session::handle_diff`] allows.
@@ -344,6 +350,8 @@ impl Session {
             answer_bytes: 0,
             last_diff: DiffId(0),
             check: None,
+            checkpoints: 0,
+            held: false,
             heartbeat: Heartbeat::new(heartbeat, now),
             outputs: VecDeque::from([Output::Send(hello)]),
             #[cfg(feature = "mutations")]
@@ -652,6 +660,7 @@ impl Session {
             ) if id == diff.id && diff.is_held() => {
                 let (writes, deletes) = diff.announced;
                 let keys = diff.tree.len() as u64;
+                (self.whole, self.held) = (false, true);
                 self.outputs.push_back(Output::Held { diff: id, writes, deletes, keys });
                 Ok(State::Relay)
             }
@@ -673,8 +682,9 @@ impl Session {
                 diff.counts.failed = diff.counts.failed.saturating_add(failed);
                 self.progress(DiffPhase::Compare, &diff);
                 let of = Some((diff.id, diff.counts));
-                self.check = Some(Check { of, mark: revision, ours: None, theirs: None });
-                self.outputs.push_back(Output::Mark { revision, ends_diff: true });
+                let number = 0;
+                self.check = Some(Check { of, number, mark: revision, ours: None, theirs: None });
+                self.outputs.push_back(Output::Mark(revision));
                 Ok(State::Relay)
             }
             (state, _) => unexpected.map(|()| state),
@@ -699,27 +709,40 @@ impl Session {
             let (revision, stands) = (revision.0, stands.0);
             return Err(ProtocolError::Revision { got: "Mark", revision, stands });
         }
-        if self.whole && !self.is_comparing() && *state == State::Relay {
-            self.check = Some(Check { of: None, mark: revision, ours: None, theirs: None });
-            self.outputs.push_back(Output::Mark { revision, ends_diff: false });
+        // One whose root is still awaited stays: a table is looked through once at a time.
+        let busy = self.check.as_ref().is_some_and(|check| check.ours.is_none());
+        if (self.whole || self.held) && !self.is_comparing() && !busy && *state == State::Relay {
+            self.checkpoints += 1;
+            let number = self.checkpoints;
+            self.check = Some(Check { of: None, number, mark: revision, ours: None, theirs: None });
+            self.outputs.push_back(Output::Checkpoint(number));
         }
         Ok(())
     }
 
     fn compare(&mut self) {
-        if let Some(Check { of, mark, ours: Some(root), theirs: Some(server_root) }) =
+        if let Some(Check { of, mark, ours: Some(root), theirs: Some(server_root), .. }) =
             self.check.take_if(|check| check.ours.is_some() && check.theirs.is_some())
         {
             self.outputs.push_back(Output::Send(ToServer::Verified { revision: mark, root }));
-            // A position that is known to be wrong is none.
-            self.whole &= root == server_root;
+            // A position that is known to be wrong is none, and a table that is equal is whole.
+            let (equal, held) = (root == server_root, std::mem::take(&mut self.held));
+            self.whole = equal && (self.whole || held);
             let revision = mark;
-            self.outputs.push_back(match of {
-                Some((diff, counts)) => {
-                    Output::DiffDone { diff, counts, revision, root, server_root }
+            match of {
+                Some((diff, counts)) => self.outputs.push_back(Output::DiffDone {
+                    diff,
+                    counts,
+                    revision,
+                    root,
+                    server_root,
+                }),
+                // That it differs while a repair is held is no news.
+                None if held && !equal => self.held = true,
+                None => {
+                    self.outputs.push_back(Output::Verified { revision, root, server_root });
                 }
-                None => Output::Verified { revision, root, server_root },
-            });
+            }
         }
     }
 
@@ -747,7 +770,7 @@ impl Session {
         }
         self.last_diff = DiffId(self.last_diff.0.wrapping_add(1));
         let id = self.last_diff;
-        self.refused = false;
+        (self.refused, self.held) = (false, false);
         self.outputs.push_back(Output::Root(id, tree.clone()));
         let (counts, announced, left) = (Counts::default(), (0, 0), (0, 0));
         let diff = Running { id, full, tree, counts, max_deletes, announced, left };
@@ -773,12 +796,26 @@ impl Session {
                 }
             }
             RootOf::Mark(revision) => {
-                if let Some(check) = self.check.as_mut().filter(|check| check.mark == revision) {
+                let ends = |check: &&mut Check| check.of.is_some() && check.mark == revision;
+                if let Some(check) = self.check.as_mut().filter(ends) {
+                    check.ours = Some(root);
+                    self.compare();
+                }
+            }
+            RootOf::Checkpoint(number) => {
+                let is = |check: &&mut Check| check.of.is_none() && check.number == number;
+                if let Some(check) = self.check.as_mut().filter(is) {
                     check.ours = Some(root);
                     self.compare();
                 }
             }
         }
+    }
+
+    /// The store could not be read at this mark from time to time: nothing is compared there.
+    pub fn handle_unread(&mut self, checkpoint: u64) {
+        let of = |check: &mut Check| check.of.is_none() && check.number == checkpoint;
+        self.check.take_if(of);
     }
 
     /// The answer that [`Output::Answer`] asked for.

@@ -223,24 +223,48 @@ impl Log {
         oldest.map(|(_, at)| *at)
     }
 
-    /// What a follower at this place missed: the keys of all changes behind it. Copies a pointer a
-    /// chunk.
-    pub fn missed(&self, behind: Revision) -> Missed {
-        let chunks = self.chunks.range(self.index(behind.next())..);
-        Missed {
-            first: behind.next(),
-            keys: chunks.map(|(chunk, _)| Arc::clone(&chunk.keys)).collect(),
-            chain: self.chain,
-        }
+    /// The keys of the changes from this one on, for at most so many chunks; `None` if they are not there any
+    /// more. Copies a pointer a chunk.
+    pub fn keys_from(&self, first: Revision, chunks: usize) -> Option<Vec<Arc<[KeyHash]>>> {
+        let there = first > self.head || matches!(self.at(first), Next::Chunk(_));
+        let chunks = self.chunks.range(self.index(first)..).take(chunks);
+        there.then(|| chunks.map(|(chunk, _)| Arc::clone(&chunk.keys)).collect())
     }
 }
 
-/// The keys of consecutive changes, in the log at one moment, up to its head.
+/// The keys of consecutive changes: all that a follower missed.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Missed {
     first: Revision,
     keys: Vec<Arc<[KeyHash]>>,
-    chain: Chain,
+    /// Where they end.
+    head: Position,
+}
+
+impl Missed {
+    /// How many chunks are taken from the log at once: others wait for it no longer than for a few
+    /// microseconds.
+    pub const CHUNKS: usize = 1024;
+
+    /// Collects what was missed behind a revision up to a position, by asking [`Log::keys_from`] again and
+    /// again; `None` if the log did not keep it for so long.
+    pub fn collect(
+        behind: Revision,
+        head: Position,
+        mut keys_from: impl FnMut(Revision, usize) -> Option<Vec<Arc<[KeyHash]>>>,
+    ) -> Option<Self> {
+        let first = behind.next();
+        let (mut next, mut all) = (first, Vec::new());
+        while next <= head.revision {
+            for keys in keys_from(next, Self::CHUNKS)? {
+                if next <= head.revision {
+                    next = next.plus(keys.len() as u64);
+                    all.push(keys);
+                }
+            }
+        }
+        Some(Self { first, keys: all, head })
+    }
 }
 
 /// Which of the changes that a follower missed still count: one a key, the last.
@@ -251,7 +275,7 @@ pub struct Missed {
 /// ```
 /// use std::time::Duration;
 /// use tablecast_protocol::{
-///     Change, Chain, Epoch, Limits, Log, MemoryStore, Revision, Shortened, Table,
+///     Change, Chain, Epoch, Limits, Log, MemoryStore, Missed, Revision, Shortened, Table,
 /// };
 ///
 /// let mut table = Table::open(MemoryStore::new(), Limits::default()).unwrap();
@@ -261,7 +285,9 @@ pub struct Missed {
 /// let mut log = Log::new(1 << 20, Revision::ZERO, Chain::START);
 /// let (chunk, chain) = table.next_chunk().unwrap();
 /// log.push(chunk, chain, Duration::ZERO);
-/// let shortened = Shortened::of(&log.missed(Revision::ZERO));
+/// let head = table.position().unwrap();
+/// let missed = Missed::collect(Revision::ZERO, head, |from, chunks| log.keys_from(from, chunks));
+/// let shortened = Shortened::of(&missed.unwrap());
 /// assert_eq!(shortened.dropped(), 1);
 /// assert!(!shortened.counts(Revision(1)) && shortened.counts(Revision(3)));
 /// ```
@@ -271,9 +297,7 @@ pub struct Shortened {
     /// Bit n is about the change at `first` and n.
     counts: Box<[u64]>,
     dropped: u64,
-    /// The last change, and the chain there.
-    last: Revision,
-    chain: Chain,
+    head: Position,
 }
 
 /// Key hashes are hashes: their first 64 bits will do.
@@ -293,20 +317,13 @@ impl Hasher for Prehashed {
     }
 }
 
-impl Missed {
-    /// How many changes there are.
-    pub fn changes(&self) -> usize {
-        self.keys.iter().map(|keys| keys.len()).sum()
-    }
-}
-
 impl Shortened {
     /// Finds the last change of every key: some 20 ns a change. It takes 20 bytes a key meanwhile.
     ///
     /// Keys are told apart by their hashes. Two that collide (2^64 tries by whoever chooses keys) would
     /// make one of them be left out; comparing roots finds that.
     pub fn of(missed: &Missed) -> Self {
-        let changes = missed.changes();
+        let changes: usize = missed.keys.iter().map(|keys| keys.len()).sum();
         let mut counts = vec![0_u64; changes.div_ceil(64)].into_boxed_slice();
         let mut seen = HashSet::<_, BuildHasherDefault<Prehashed>>::default();
         let newest_first = missed.keys.iter().rev().flat_map(|keys| keys.iter().rev());
@@ -321,8 +338,7 @@ impl Shortened {
             first: missed.first,
             counts,
             dropped: (changes - seen.len()) as u64,
-            last: Revision(missed.first.0 + changes as u64 - 1),
-            chain: missed.chain,
+            head: missed.head,
         }
     }
 
@@ -352,8 +368,8 @@ impl Shortened {
         None
     }
 
-    /// Where it ends: the last change, and the chain there.
-    pub fn end(&self) -> (Revision, Chain) {
-        (self.last, self.chain)
+    /// Where it ends.
+    pub fn end(&self) -> Position {
+        self.head
     }
 }

@@ -91,7 +91,7 @@ pub struct Correction {
 }
 
 /// Compares a tree with what the store holds, at one moment: what was changed behind the table's back.
-/// Answers at most `max` keys.
+/// Answers at most `max` keys, and why it could not read on, if it could not.
 ///
 /// Roots are computed from the tree, so they do not notice what happens to values in the store. This
 /// is the scrub of storage systems. Costs a hash of every value and 8 bytes of memory a key.
@@ -103,21 +103,22 @@ pub struct Correction {
 /// let mut replica = Replica::open(store.clone()).unwrap();
 /// replica.apply(&Change::write("colour", "blue")).unwrap();
 /// store.apply(&[Change::write("colour", "red")]).unwrap();
-/// let found = scrub(replica.tree(), store.snapshot(), 10).unwrap();
+/// let (found, error) = scrub(replica.tree(), store.snapshot(), 10);
 /// assert_eq!(found.len(), 1);
+/// assert!(error.is_none());
 /// ```
-///
-/// # Errors
-/// If the store cannot be read.
 pub fn scrub(
     tree: &Tree,
     entries: impl Iterator<Item = Result<(Key, Value), StoreError>>,
     max: usize,
-) -> Result<Vec<Correction>, StoreError> {
+) -> (Vec<Correction>, Option<StoreError>) {
     let mut found = Vec::new();
     let mut seen = Vec::with_capacity(tree.len());
     for entry in entries {
-        let (key, value) = entry?;
+        let (key, value) = match entry {
+            Ok(entry) => entry,
+            Err(error) => return (found, Some(error)),
+        };
         let entry = Entry::new(&key, &value);
         let expected = tree.get_hashed(entry.key_hash(), &key);
         if expected.is_some() {
@@ -135,7 +136,7 @@ pub fn scrub(
         let room = max.saturating_sub(found.len());
         found.extend(gone.take(room).map(|entry| Correction { key: key(entry), entry: None }));
     }
-    Ok(found)
+    (found, None)
 }
 
 /// Tells keys apart well enough: two that collide hide one that is gone, until the next diff.

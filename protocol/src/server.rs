@@ -65,7 +65,9 @@ use crate::diff::{Answer, Difference, Step};
 use crate::error::{DecodeError, ProtocolError};
 use crate::heartbeat::{Beat, Heartbeat, HeartbeatConfig};
 use crate::limits::Limits;
-use crate::log::{Chunk, FollowerId, Log, Missed, Next, Shortened};
+#[cfg(doc)]
+use crate::log::Missed;
+use crate::log::{Chunk, FollowerId, Log, Next, Shortened};
 use crate::message::{AbortReason, DiffId, Reason, TEXT_BYTES, ToClient, ToServer, Way, clip};
 use crate::mutation::Mutation;
 use crate::position::{Chain, Position, Revision};
@@ -149,7 +151,7 @@ const MAX_CHECKING: usize = 8;
 /// assert!(matches!(session.poll_event(), Some(Event::Subscribe { .. })));
 /// let epoch = Epoch::from_bytes([1; 16]);
 /// let at = Position { epoch, revision: log.head(), chain: log.chain() };
-/// session.handle_subscribed(at, Way::NoPosition, log.missed(at.revision));
+/// session.handle_subscribed(at, Way::NoPosition, at);
 /// assert!(matches!(
 ///     session.poll_transmit(&log),
 ///     Some(Transmit::Message(ToClient::Welcome { revision: Revision(9), .. }))
@@ -185,6 +187,8 @@ pub struct Session {
     /// Checkpoints whose root was sent, until the follower says its own at one of them or a later one, or
     /// asks for a diff: then it has done with them. Answers may be on their way when the next is sent.
     checking: VecDeque<(Revision, Hash)>,
+    /// The one that was answered last: on a quiet stream the next answer may be of the same place.
+    checked: Option<(Revision, Hash)>,
     heartbeat: Heartbeat,
     /// Counts what happens in diffs; how far it was, and when, when the clock was last looked at.
     progress: u64,
@@ -199,7 +203,7 @@ pub struct Session {
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 enum State {
     Hello,
-    /// With the follower's place, while what it missed is shortened.
+    /// With the follower's place, while it is found out what counts of what it missed.
     Subscribing(Option<Position>),
     /// What it missed is sent, one change a key.
     CatchUp(Shortened),
@@ -262,9 +266,9 @@ pub enum Event {
         /// What it presents.
         position: Option<Position>,
     },
-    /// Find out which changes count ([`Shortened::of`]) away from everything else, then
-    /// [`Session::handle_shortened`].
-    Shorten(Missed),
+    /// Find out away from everything else which changes behind this revision count, up to this position
+    /// ([`Missed::collect`], [`Shortened::of`]), then [`Session::handle_shortened`].
+    Shorten(Revision, Position),
     /// Ask for a place to run a diff, then [`Session::handle_admitted`] or [`Session::handle_busy`].
     Admit(DiffId),
     /// Take a snapshot of the server's tree, then [`Session::handle_snapshot`].
@@ -438,6 +442,7 @@ impl Session {
             verifying: None,
             checkpoint: (0, true),
             checking: VecDeque::new(),
+            checked: None,
             heartbeat: Heartbeat::new(config.heartbeat, now),
             progress: 0,
             progressed: (0, now),
@@ -505,6 +510,7 @@ impl Session {
             {
                 self.last_diff = diff;
                 self.checking.clear();
+                self.checked = None;
                 self.request(jumps, Diff::asked_for(diff, full, root, len, max_deletes))
             }
             (State::Relay | State::Diff(_), ToServer::SyncReq { .. }) => return Err(unexpected),
@@ -540,8 +546,10 @@ impl Session {
 
     /// The checkpoint at this revision, if its root was sent. A follower that says one skips those before.
     fn checked(&mut self, revision: Revision) -> Option<(Revision, Hash)> {
-        let at = self.checking.iter().rposition(|(mark, _)| *mark == revision)?;
-        self.checking.drain(..=at).next_back()
+        if let Some(at) = self.checking.iter().position(|(mark, _)| *mark == revision) {
+            self.checked = self.checking.drain(..=at).next_back();
+        }
+        self.checked.filter(|(mark, _)| *mark == revision)
     }
 
     /// An answer for the Differ, if one is waited for.
@@ -593,33 +601,31 @@ impl Session {
     // What comes from the server and the Differ.
 
     /// The follower is subscribed: it will be sent every change behind this position, which is its own
-    /// if it is resumed ([`Log::way`]), the log's head if not. `missed` is what is behind it already
-    /// ([`Log::missed`]).
-    pub fn handle_subscribed(&mut self, at: Position, way: Way, missed: Missed) {
+    /// if it is resumed ([`Log::way`]), the log's head if not. `head` is where the log stands.
+    pub fn handle_subscribed(&mut self, at: Position, way: Way, head: Position) {
         if self.state != State::Subscribing(None) {
             return;
         }
-        let changes = missed.changes();
-        self.missed = at.revision.plus(changes as u64);
+        let changes = head.revision.0.saturating_sub(at.revision.0);
+        self.missed = head.revision;
         if way == Way::Resumed
-            && changes as u64 > WORTH_SHORTENING
-            && changes <= self.config.shorten_changes
+            && changes > WORTH_SHORTENING
+            && changes <= self.config.shorten_changes as u64
         {
             self.state = State::Subscribing(Some(at));
-            self.events.push_back(Event::Shorten(missed));
+            self.events.push_back(Event::Shorten(at.revision, head));
         } else {
             self.welcome(at, way, State::Relay);
         }
     }
 
-    /// Which of the changes that were missed count. If that spares nothing, all of them are sent.
-    pub fn handle_shortened(&mut self, shortened: Shortened) {
-        if let State::Subscribing(Some(at)) = self.state {
-            if shortened.dropped() >= WORTH_SHORTENING {
-                self.welcome(at, Way::Shortened, State::CatchUp(shortened));
-            } else {
-                self.welcome(at, Way::Resumed, State::Relay);
-            }
+    /// Which of the changes that were missed count. If that is not known, or spares nothing, all of them
+    /// are sent.
+    pub fn handle_shortened(&mut self, shortened: Option<Shortened>) {
+        let State::Subscribing(Some(at)) = self.state else { return };
+        match shortened.filter(|shortened| shortened.dropped() >= WORTH_SHORTENING) {
+            Some(shortened) => self.welcome(at, Way::Shortened, State::CatchUp(shortened)),
+            None => self.welcome(at, Way::Resumed, State::Relay),
         }
     }
 
@@ -920,7 +926,7 @@ impl Session {
     fn catch_up(&mut self, log: &Log) -> Option<Part> {
         let State::CatchUp(shortened) = &self.state else { return None };
         let Some(next) = shortened.next(self.cursor) else {
-            let (revision, chain) = shortened.end();
+            let Position { revision, chain, .. } = shortened.end();
             self.state = State::Relay;
             self.cursor = revision.next();
             self.control.push_back(ToClient::CaughtUp { revision, chain });
@@ -1010,6 +1016,8 @@ impl Session {
             && let Some(root) = newest.root
         {
             self.checkpoint = (number, true);
+            // On a quiet stream it is the same place again.
+            self.checking.retain(|(mark, _)| *mark != newest.revision);
             self.checking.push_back((newest.revision, root));
             self.control.push_back(ToClient::Verify { revision: newest.revision, root });
         }

@@ -17,6 +17,7 @@ mod cli;
 mod diff;
 mod faults;
 mod harness;
+mod honesty;
 mod limits;
 mod model;
 mod reconnect;

@@ -7,6 +7,7 @@ use std::time::Duration;
 use actix::prelude::*;
 use actix_rt::ArbiterHandle;
 use tablecast_protocol::{FollowerId, Table};
+use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tracing::{debug, warn};
@@ -18,6 +19,10 @@ use crate::config::ServerConfig;
 
 /// How long the listener waits after an accept that failed: out of files, most of all.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+
+/// Of how many followers at a time it is found out what counts of what they missed: each takes up to 10 MB
+/// for some milliseconds.
+const SHORTENING: usize = 8;
 
 /// Where a server's actors live.
 #[derive(Clone, Debug)]
@@ -72,6 +77,7 @@ impl Endpoint {
             server: server.clone(),
             log,
             differs,
+            shortening: Arc::new(Semaphore::new(SHORTENING)),
             stopping: CancellationToken::new(),
             open: Arc::default(),
         };

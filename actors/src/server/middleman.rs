@@ -24,6 +24,7 @@ use tablecast_protocol::{
     AbortReason, DiffId, FollowerId, Hash, Missed, Position, ProtocolError, Reason, Revision,
     Shortened, ToServer, Tree, Values, Way, wire,
 };
+use tokio::sync::Semaphore;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, info, warn};
@@ -52,8 +53,8 @@ pub(crate) enum Reply {
     Grown,
     /// It is time to look at the clock.
     Timeout,
-    Subscribed(Position, Way, Missed),
-    Shortened(Shortened),
+    Subscribed(Position, Way, Position),
+    Shortened(Option<Shortened>),
     Admitted(DiffId),
     Busy(DiffId),
     Snapshot(DiffId, Tree),
@@ -70,6 +71,15 @@ pub(crate) enum Reply {
     Unserved,
 }
 
+/// What counts of what a follower missed, if that has been found out by the time this is dropped.
+struct Answer(Addr<Middleman>, Option<Shortened>);
+
+impl Drop for Answer {
+    fn drop(&mut self) {
+        self.0.do_send(Reply::Shortened(self.1.take()));
+    }
+}
+
 /// What all Middlemen of a server share.
 #[derive(Clone, Debug)]
 pub(crate) struct Shared {
@@ -80,6 +90,8 @@ pub(crate) struct Shared {
     pub(crate) differs: Arc<[ArbiterHandle]>,
     /// The server stops.
     pub(crate) stopping: CancellationToken,
+    /// Places for followers of which it is found out what counts of what they missed.
+    pub(crate) shortening: Arc<Semaphore>,
     /// How many connections there are, strangers included.
     pub(crate) open: Arc<AtomicUsize>,
 }
@@ -148,7 +160,7 @@ impl Middleman {
         while let Some(event) = self.session.poll_event() {
             match event {
                 Event::Subscribe { name, position } => self.subscribe(name, position, ctx),
-                Event::Shorten(missed) => self.shorten(missed, ctx),
+                Event::Shorten(behind, head) => self.shorten(behind, head, ctx),
                 Event::Admit(diff) => {
                     self.diff_since = (Instant::now(), None);
                     self.ask(diff, Question::Admit);
@@ -212,13 +224,26 @@ impl Middleman {
         });
     }
 
-    /// Where Differs run: so whatever number of followers comes back at once, as many threads as there are
-    /// for that are busy with it.
-    fn shorten(&self, missed: Missed, ctx: &Context<Self>) {
-        if let Some(arbiter) = self.differ_arbiter() {
-            let this = ctx.address();
-            arbiter.spawn_fn(move || this.do_send(Reply::Shortened(Shortened::of(&missed))));
-        }
+    /// Where Differs run, and for a few followers at a time: when many come back at once, the others get all
+    /// that they missed rather than wait for their turn.
+    fn shorten(&self, behind: Revision, head: Position, ctx: &Context<Self>) {
+        let this = ctx.address();
+        let place = Arc::clone(&self.shared.shortening).try_acquire_owned();
+        let (Ok(place), Some(arbiter)) = (place, self.differ_arbiter()) else {
+            this.do_send(Reply::Shortened(None));
+            return;
+        };
+        let log = self.shared.log.clone();
+        // Answers even if it is never run.
+        let answer = Answer(this, None);
+        arbiter.spawn_fn(move || {
+            let (mut answer, _place) = (answer, place);
+            if answer.0.connected() {
+                let keys_from = |first, chunks| log.lock().keys_from(first, chunks);
+                let missed = Missed::collect(behind, head, keys_from);
+                answer.1 = missed.as_ref().map(Shortened::of);
+            }
+        });
     }
 
     fn diff_ended(&self, aborted: Option<AbortReason>, served: Served) {
@@ -410,7 +435,9 @@ impl Middleman {
             }
             status.state = session.state().into();
             status.phase = session.phase().map(Into::into);
-            status.sent = session.sent();
+            if session.way().is_some() {
+                status.sent = session.sent();
+            }
             status.jumps = session.jumps();
             status.bytes_sent = framed.sent;
             status.bytes_received = framed.received;

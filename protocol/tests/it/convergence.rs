@@ -285,3 +285,17 @@ fn a_value_that_changed_behind_the_servers_back_is_not_sent() -> Checked {
     assert_ne!(root, server_root);
     Ok(())
 }
+
+/// The first answer is on its way while the second mark could be set, on a quiet stream.
+#[test]
+fn one_revision_is_marked_once_at_a_time() -> Checked {
+    let mut world = World::new(WorldConfig { followers: 1, ..WorldConfig::default() });
+    world.converge()?;
+    let mark = [Action::Checkpoint, Action::Transmit(0)];
+    let hear = [Action::ToClient(0), Action::ToClient(0), Action::Work(0)];
+    let answer = [Action::ToServer(0)];
+    for action in [&mark[..], &mark, &hear, &mark, &mark, &answer, &hear, &answer].concat() {
+        world.act(action)?;
+    }
+    world.converge()
+}

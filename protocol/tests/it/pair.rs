@@ -164,8 +164,8 @@ struct Link {
 }
 
 enum Reply {
-    Subscribed(Position, Way, Missed),
-    Shortened(Shortened),
+    Subscribed(Position, Way, Position),
+    Shortened(Option<Shortened>),
     Admitted(DiffId),
     Snapshot(DiffId, Tree),
     Step(DiffId, Step),
@@ -548,8 +548,12 @@ impl World {
                     link.requests.push_back(Event::EndDiff { diff, aborted, served });
                 }
                 Event::FellBehind(_) => self.stats.jumps += 1,
-                Event::Shorten(missed) => {
-                    link.replies.push_back(Reply::Shortened(Shortened::of(&missed)));
+                Event::Shorten(behind, head) => {
+                    let missed = Missed::collect(behind, head, |from, chunks| {
+                        self.log.keys_from(from, chunks.min(2))
+                    });
+                    let shortened = missed.as_ref().map(Shortened::of);
+                    link.replies.push_back(Reply::Shortened(shortened));
                 }
                 Event::Verified { .. } => {}
                 Event::Close(close) => self.closed = Some(close.to_string()),
@@ -572,7 +576,7 @@ impl World {
                 let head = self.table.position().unwrap();
                 let way = self.log.way(head.epoch, position.as_ref());
                 let at = position.filter(|_| way == Way::Resumed).unwrap_or(head);
-                Reply::Subscribed(at, way, self.log.missed(at.revision))
+                Reply::Subscribed(at, way, head)
             }
             Event::Admit(diff) => {
                 self.waiting.push_back((index, link.id, diff));
@@ -623,8 +627,8 @@ impl World {
         let Some(link) = &mut self.followers[index].link else { return };
         match link.replies.pop_front() {
             None => {}
-            Some(Reply::Subscribed(at, way, missed)) => {
-                link.server.handle_subscribed(at, way, missed);
+            Some(Reply::Subscribed(at, way, head)) => {
+                link.server.handle_subscribed(at, way, head);
             }
             Some(Reply::Shortened(shortened)) => link.server.handle_shortened(shortened),
             Some(Reply::Admitted(diff)) => link.server.handle_admitted(diff),
@@ -733,9 +737,13 @@ impl World {
                     follower.allows = true;
                     follower.wants_diff = true;
                 }
-                Output::Mark { revision, .. } => {
+                Output::Mark(revision) => {
                     let tree = follower.replica.tree().clone();
                     link.work.push_back(Work::Root(RootOf::Mark(revision), tree));
+                }
+                Output::Checkpoint(number) => {
+                    let tree = follower.replica.tree().clone();
+                    link.work.push_back(Work::Root(RootOf::Checkpoint(number), tree));
                 }
                 Output::DiffDone { counts, root, server_root, .. } => {
                     follower.last_diff = Some((root, server_root, counts));

@@ -13,8 +13,8 @@ use tablecast_protocol::server::{self, Close, Event, Served, SessionConfig, Tran
 use tablecast_protocol::wire::{self, Changes, HEADER_BYTES, Message, Raw, VERSION};
 use tablecast_protocol::{
     AbortReason, Chain, ChainTag, Change, DecodeError, DiffId, Digest, Epoch, FollowerId, Hash,
-    HeartbeatConfig, Limits, Log, MemoryStore, Position, Reason, Replica, Revision, Shortened,
-    Table, ToClient, ToServer, Tree, Way,
+    HeartbeatConfig, Limits, Log, MemoryStore, Missed, Position, Reason, Replica, Revision,
+    Shortened, Table, ToClient, ToServer, Tree, Way,
 };
 
 const PAGE: &str = include_str!("../../../docs/protocol.md");
@@ -105,11 +105,6 @@ struct ServerEnd {
     log: Log,
     events: Vec<Event>,
     sent: Vec<ToClient>,
-}
-
-/// A log in which nothing is.
-fn no_log() -> Log {
-    Log::new(0, Revision::ZERO, Chain::START)
 }
 
 fn server_tree() -> Tree {
@@ -215,7 +210,7 @@ fn server_stages() -> Vec<(&'static str, ServerEnd)> {
 
     end.act(|session| {
         let at = table.position().unwrap();
-        session.handle_subscribed(at, Way::NoPosition, no_log().missed(at.revision));
+        session.handle_subscribed(at, Way::NoPosition, at);
     });
     assert!(matches!(end.sent[..], [ToClient::Welcome { .. }]));
     stages.push(("relay", end.clone()));
@@ -286,7 +281,7 @@ fn shortened_stages() -> [(&'static str, ServerEnd); 2] {
     let behind = Behind::new(1 << 20);
     let shortening = behind.shortening();
     let mut catching_up = shortening.clone();
-    catching_up.act_with_room(1, |session| session.handle_shortened(behind.shortened()));
+    catching_up.act_with_room(1, |session| session.handle_shortened(Some(behind.shortened())));
     assert_eq!(catching_up.sent, [behind.welcome(Way::Shortened)]);
     [("shortening", shortening), ("catching up", catching_up)]
 }
@@ -815,7 +810,7 @@ fn client_stages() -> Vec<(&'static str, ClientEnd)> {
 
     let done = to_client("SyncDone", &end);
     end.message(done);
-    assert!(end.outputs.contains(&Output::Mark { revision: START, ends_diff: true }));
+    assert!(end.outputs.contains(&Output::Mark(START)));
     stages.push(("done", end.clone()));
 
     let mut verified = end.clone();
@@ -1083,7 +1078,7 @@ fn diff_again(end: &mut ClientEnd, diff: DiffId) {
     end.message(ToClient::SyncSeq { diff, writes: 0, deletes: 0 });
     let (revision, chain) = (at.revision, at.chain.tag());
     end.message(ToClient::SyncDone { diff, revision, chain, suppressed: 0, failed: 0 });
-    assert!(end.outputs.contains(&Output::Mark { revision, ends_diff: true }));
+    assert!(end.outputs.contains(&Output::Mark(revision)));
 }
 
 /// Both roots at the mark where `end` stands.
@@ -1268,8 +1263,14 @@ impl Behind {
         self.log.push(chunk, chain, NOW);
     }
 
+    fn head(&self) -> Position {
+        let (revision, chain) = (self.log.head(), self.log.chain());
+        Position { revision, chain, ..self.at }
+    }
+
     fn shortened(&self) -> Shortened {
-        Shortened::of(&self.log.missed(self.at.revision))
+        let keys = |from, chunks| self.log.keys_from(from, chunks);
+        Shortened::of(&Missed::collect(self.at.revision, self.head(), keys).unwrap())
     }
 
     fn welcome(&self, way: Way) -> ToClient {
@@ -1285,14 +1286,14 @@ impl Behind {
         assert!(matches!(end.events[..], [Event::Subscribe { .. }]));
         let way = self.log.way(epoch(), Some(&self.at));
         assert_eq!(way, Way::Resumed);
-        let missed = self.log.missed(self.at.revision);
-        end.act(|session| session.handle_subscribed(self.at, way, missed));
+        let head = self.head();
+        end.act(|session| session.handle_subscribed(self.at, way, head));
         end
     }
 
     fn shortening(&self) -> ServerEnd {
         let end = self.subscribed(one_by_one());
-        assert_eq!(end.events, [Event::Shorten(self.log.missed(self.at.revision))]);
+        assert_eq!(end.events, [Event::Shorten(self.at.revision, self.head())]);
         assert_eq!((end.session.state(), &end.sent[..]), ("Subscribing", &[][..]));
         end
     }
@@ -1327,7 +1328,7 @@ fn what_was_missed_is_sent_one_change_a_key() {
     behind.write(&[Change::write("a", "23"), Change::write("e", "1")]);
     let late = behind.table.position().unwrap();
     end.log = behind.log.clone();
-    end.act(|session| session.handle_shortened(shortened));
+    end.act(|session| session.handle_shortened(Some(shortened)));
     let live = ToClient::Live {
         first: Revision(29),
         before: match &last {
@@ -1385,7 +1386,7 @@ fn little_is_not_shortened() {
         let behind = behind(&changes);
         let (mut end, shortened) = (behind.shortening(), behind.shortened());
         assert_eq!(shortened.dropped(), dropped);
-        end.act(|session| session.handle_shortened(shortened));
+        end.act(|session| session.handle_shortened(Some(shortened)));
         assert_eq!((end.session.state(), &end.events[..]), ("Relay", &[][..]));
         if dropped < 14 {
             let all = [behind.welcome(Way::Resumed), live(changes, &behind.at)];
@@ -1407,7 +1408,7 @@ fn much_is_not_shortened() {
         let config = SessionConfig { shorten_changes, ..one_by_one() };
         let end = behind.subscribed(config);
         if shortens {
-            assert!(matches!(end.events[..], [Event::Shorten(_)]));
+            assert!(matches!(end.events[..], [Event::Shorten(..)]));
             continue;
         }
         let [welcome, live @ ..] = &end.sent[..] else { panic!() };
@@ -1429,8 +1430,8 @@ fn who_is_not_resumed_is_not_shortened() {
     let behind = Behind::new(1 << 20);
     for way in [Way::NoPosition, Way::OtherEpoch, Way::NotInLog, Way::OtherChain, Way::Ahead] {
         let mut end = server_stage("subscribing");
-        let missed = behind.log.missed(behind.at.revision);
-        end.act_with_room(1, |session| session.handle_subscribed(behind.at, way, missed));
+        let head = behind.head();
+        end.act_with_room(1, |session| session.handle_subscribed(behind.at, way, head));
         assert_eq!(end.sent, [behind.welcome(way)]);
         assert_eq!((end.session.state(), end.events), ("Relay", vec![]));
     }
@@ -1469,13 +1470,13 @@ fn what_counts_is_not_asked_for_twice() {
     for (stage, before) in server_stages() {
         if stage != "shortening" {
             let mut end = before.clone();
-            end.session.handle_shortened(behind.shortened());
+            end.session.handle_shortened(Some(behind.shortened()));
             assert_eq!(end.session, before.session, "{stage}");
         }
         if stage != "subscribing" {
             let mut end = before.clone();
-            let missed = behind.log.missed(behind.at.revision);
-            end.session.handle_subscribed(behind.at, Way::Resumed, missed);
+            let head = behind.head();
+            end.session.handle_subscribed(behind.at, Way::Resumed, head);
             assert_eq!(end.session, before.session, "{stage}");
         }
     }
@@ -1490,10 +1491,10 @@ fn who_falls_off_the_log_is_not_caught_up() {
         let mut end = behind.shortening();
         let mut sent = vec![behind.welcome(Way::Shortened)];
         sent.extend(behind.catch_up().into_iter().take(frames));
-        end.act_with_room(1 + frames, |session| session.handle_shortened(behind.shortened()));
+        end.act_with_room(1 + frames, |session| session.handle_shortened(Some(behind.shortened())));
         assert_eq!((&end.sent, end.session.state()), (&sent, "CatchUp"));
         assert_eq!(limits(&end), Limits::default().frame_bytes);
-        let (last, at) = behind.shortened().end();
+        let Position { revision: last, chain: at, .. } = behind.shortened().end();
         // Takes the place of all that was before, and of one that came behind the end.
         behind.write(&[Change::write("big", vec![0; 5000])]);
         behind.write(&[Change::write("big", vec![1; 5000])]);
@@ -1519,7 +1520,7 @@ fn who_falls_off_the_log_is_not_caught_up() {
     let (mut end, shortened) = (behind.shortening(), behind.shortened());
     behind.write(&[Change::write("big", vec![0; 5000])]);
     end.log = behind.log.clone();
-    end.act(|session| session.handle_shortened(shortened));
+    end.act(|session| session.handle_shortened(Some(shortened)));
     let (revision, chain) = (behind.log.head(), behind.log.chain());
     let fell = ToClient::FellBehind { jumps: 1, revision, chain };
     assert_eq!(end.sent, [behind.welcome(Way::Shortened), fell]);
@@ -1552,7 +1553,7 @@ fn a_shortened_catch_up_is_ended_in_the_middle() {
         let mut end = server_stage("shortening");
         end.act(act);
         assert_eq!((&end.sent[..], &end.events[..]), (&[refuse()][..], &[here()][..]));
-        end.act(|session| session.handle_shortened(behind.shortened()));
+        end.act(|session| session.handle_shortened(Some(behind.shortened())));
         assert_eq!((end.session.state(), end.sent), ("Closed", vec![]));
     }
 
@@ -1781,7 +1782,7 @@ fn the_client_says_what_was_held() {
             assert_eq!(session.handle_diff(follower_tree(), false, u64::MAX), Ok(NEXT_DIFF));
         });
     }
-    // Where nothing was missing nothing is.
+    // What was whole is not known to be any more, until roots at a mark say so.
     let mut end = client_stage("verified");
     end.act(|session| assert_eq!(session.handle_diff(server_tree(), true, 0), Ok(NEXT_DIFF)));
     end.act(|session| session.handle_root(RootOf::Diff(NEXT_DIFF), server_tree().root()));
@@ -1789,8 +1790,29 @@ fn the_client_says_what_was_held() {
     end.message(ToClient::SyncSeq { diff: NEXT_DIFF, writes: 0, deletes: 2 });
     end.message(ToClient::SyncAbort { diff: NEXT_DIFF, reason: AbortReason::Held });
     assert_eq!(end.outputs, [Output::Held { diff: NEXT_DIFF, writes: 0, deletes: 2, keys: 2 }]);
-    assert_eq!(end.session.position(), end.session.stream());
+    assert_eq!(end.session.position(), None);
+    let (root, other) = (server_tree().root(), follower_tree().root());
+    for (number, theirs) in [(1, other), (2, root)] {
+        end.message(ToClient::Mark { revision: START });
+        assert_eq!(end.outputs, [Output::Checkpoint(number)]);
+        end.act(|session| session.handle_root(RootOf::Checkpoint(number), root));
+        end.message(ToClient::Verify { revision: START, root: theirs });
+        assert_eq!(end.session.position().is_some(), theirs == root);
+    }
+    let equal = Output::Verified { revision: START, root, server_root: root };
+    assert!(end.outputs.contains(&equal), "{:?}", end.outputs);
+}
+
+#[test]
+fn a_mark_at_which_the_store_cannot_be_read_is_none() {
+    let mut end = client_stage("verified");
+    let mark = ToClient::Mark { revision: START };
+    assert_eq!(end.message(mark.clone()).outputs, [Output::Checkpoint(1)]);
+    end.act(|session| session.handle_unread(1));
+    end.message(ToClient::Verify { revision: START, root: follower_tree().root() });
+    assert_eq!(end.outputs, []);
     assert!(end.session.position().is_some());
+    assert_eq!(end.message(mark).outputs, [Output::Checkpoint(2)]);
 }
 
 #[test]
@@ -1900,7 +1922,7 @@ fn repairs_hold_what_a_frame_does() {
     end.message(ToServer::hello("", &limits, None));
     end.act(|session| {
         let at = table.position().unwrap();
-        session.handle_subscribed(at, Way::NoPosition, no_log().missed(at.revision));
+        session.handle_subscribed(at, Way::NoPosition, at);
     });
     end.message(sync_req(DIFF));
     end.act(|session| session.handle_admitted(DIFF));
@@ -1956,12 +1978,13 @@ fn a_mark_is_taken_where_nothing_is_missing() {
         assert_eq!(client_stage(stage).message(mark.clone()).outputs, [], "{stage}");
     }
     let mut end = client_stage("verified");
-    assert_eq!(
-        end.message(mark.clone()).outputs,
-        [Output::Mark { revision: START, ends_diff: false }]
-    );
+    assert_eq!(end.message(mark.clone()).outputs, [Output::Checkpoint(1)]);
     let root = server_tree().root();
-    end.act(|session| session.handle_root(RootOf::Mark(START), root));
+    // Looked through once at a time; and no root counts but that of this mark.
+    assert_eq!(end.message(mark.clone()).outputs, []);
+    end.act(|session| session.handle_root(RootOf::Checkpoint(2), follower_tree().root()));
+    end.act(|session| session.handle_root(RootOf::Mark(START), follower_tree().root()));
+    end.act(|session| session.handle_root(RootOf::Checkpoint(1), root));
     end.message(ToClient::Verify { revision: START, root: follower_tree().root() });
     let unequal = Output::Verified { revision: START, root, server_root: follower_tree().root() };
     assert!(end.outputs.contains(&unequal), "{:?}", end.outputs);
