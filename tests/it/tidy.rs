@@ -43,8 +43,17 @@ fn sources(folder: &str) -> Vec<PathBuf> {
 
 #[test]
 fn the_protocol_is_pure() {
-    let allowed =
-        ["blake3", "bytes", "imbl", "rmp", "rmp-serde", "serde", "serde_bytes", "thiserror"];
+    let allowed = [
+        "blake3",
+        "bytes",
+        "equivalent",
+        "imbl",
+        "rmp",
+        "rmp-serde",
+        "serde",
+        "serde_bytes",
+        "thiserror",
+    ];
     assert_eq!(dependencies("protocol/Cargo.toml", "[dependencies]"), allowed);
     for path in sources("protocol/src") {
         let text = fs::read_to_string(&path).unwrap();
