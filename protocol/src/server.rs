@@ -125,6 +125,9 @@ pub(crate) const MAX_CONTROL: usize = 16;
 /// the least, and what ends the catch-up is of 41.
 const WORTH_SHORTENING: u64 = 14;
 
+/// How large the first repair of a diff is at most. Each next one may be twice as large.
+const FIRST_REPAIR_BYTES: usize = 8 << 10;
+
 /// Most checkpoints that are not answered; then no further ones are marked.
 const MAX_CHECKING: usize = 8;
 
@@ -246,6 +249,8 @@ struct Repair {
     found: Arc<Difference>,
     /// Where the next reading begins.
     next: usize,
+    /// How many readings there were.
+    readings: u32,
     /// Read, and waiting for its turn; `None` while a reading is under way.
     ready: Option<Values>,
     /// The head when the last repair ended: live changes up to here go first.
@@ -699,6 +704,7 @@ impl Session {
                 at.phase = Phase::Repair(Repair {
                     found: Arc::new(found),
                     next: 0,
+                    readings: 0,
                     ready: None,
                     turn: Revision(turn.0.saturating_sub(1)),
                     suppressed: 0,
@@ -1054,11 +1060,14 @@ impl Session {
     /// Asks for the next repairs, or for the mark when all have been sent.
     fn read_on(&mut self, diff: DiffId) {
         let fits = self.config.limits.frame_bytes.saturating_sub(limits::FRAME_OVERHEAD);
-        let max_bytes = self.config.repair_bytes.min(fits);
+        let most = self.config.repair_bytes.min(fits);
         let Some(at) = self.diff(diff) else { return };
         let Phase::Repair(repair) = &mut at.phase else { return };
         if repair.next < repair.found.len() {
             let (found, from) = (Arc::clone(&repair.found), repair.next);
+            // The first ones are small, so that the follower has something to apply while more is read.
+            let max_bytes = most.min(FIRST_REPAIR_BYTES << repair.readings.min(16));
+            repair.readings += 1;
             self.events.push_back(Event::Read { diff, found, from, max_bytes });
         } else {
             // A value that could not be read is no loss if a live change of its key came by.

@@ -61,7 +61,11 @@ struct Timed {
 impl Store for Timed {
     fn apply(&mut self, changes: &[Change]) -> Result<(), StoreError> {
         let now_ns = now_ns().map_err(StoreError::new)?;
-        let written = changes.iter().filter_map(|change| change.value()?.first_chunk());
+        // A repair may bring a live change once more.
+        let new = |change: &&Change| {
+            self.store.get(change.key()).ok().flatten().as_ref() != change.value()
+        };
+        let written = changes.iter().filter(new).filter_map(|change| change.value()?.first_chunk());
         let since_ns = self.ages.since_ns.load(Ordering::Relaxed);
         let live = |time: &u64| (since_ns..=now_ns).contains(time);
         let times = written.copied().map(u64::from_be_bytes).filter(live);
