@@ -98,7 +98,8 @@ pub struct Subscribe;
 #[rtype(result = "()")]
 pub struct ContinueFrom(pub Position);
 
-/// The repair that is held, or would be, is meant: diff at once, and let that delete whatever it finds.
+/// The repair that is held, or would be, is meant, from the server of the connection at hand: diff at once,
+/// and let that delete whatever it finds.
 #[derive(Debug, Message)]
 #[rtype(result = "()")]
 pub struct AllowMassDelete;

@@ -62,7 +62,7 @@ use crate::limits::{FRAME_OVERHEAD, HANDSHAKE_FRAME_BYTES, Limits};
 use crate::message::{
     AbortReason, DiffId, NAME_BYTES, Reason, TEXT_BYTES, ToClient, ToServer, Way, clip,
 };
-use crate::mutation::Mutation;
+use crate::mutation::{Broken, Mutation};
 use crate::position::{Chain, ChainTag, Digest, Epoch, Position, Revision};
 use crate::server::{Close, limits_text};
 use crate::tree::{Hash, KeyPrefix, TREE_VERSION, Tree};
@@ -109,8 +109,7 @@ pub struct Session {
     held: bool,
     heartbeat: Heartbeat,
     outputs: VecDeque<Output>,
-    #[cfg(feature = "mutations")]
-    mutation: Option<Mutation>,
+    broken: Broken,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -354,15 +353,14 @@ impl Session {
             held: false,
             heartbeat: Heartbeat::new(heartbeat, now),
             outputs: VecDeque::from([Output::Send(hello)]),
-            #[cfg(feature = "mutations")]
-            mutation: None,
+            broken: Broken::default(),
         }
     }
 
     /// Breaks a rule from here on, so that a test can show that it would be noticed.
     #[cfg(feature = "mutations")]
     pub fn mutate(&mut self, mutation: Mutation) {
-        self.mutation = Some(mutation);
+        self.broken = Broken::by(mutation);
     }
 
     // What comes from the peer.
@@ -491,7 +489,8 @@ impl Session {
                     return Err(ProtocolError::Revision { got, revision, stands });
                 }
                 // Nothing was missing there, and everything behind it will come, in its order.
-                self.whole = way == Way::Resumed || self.breaks(Mutation::CatchUpKeepsPosition);
+                self.whole =
+                    way == Way::Resumed || self.broken.breaks(Mutation::CatchUpKeepsPosition);
             }
             let shortened = way == Way::Shortened;
             self.state = if shortened { State::CatchUp(revision) } else { State::Relay };
@@ -936,17 +935,6 @@ impl Session {
             | State::PreDiff { .. }
             | State::Diff { .. }
             | State::PostDiff { .. } => self.limits.frame_bytes,
-        }
-    }
-
-    #[cfg_attr(not(feature = "mutations"), allow(clippy::unused_self, reason = "one shape"))]
-    fn breaks(&self, rule: Mutation) -> bool {
-        #[cfg(feature = "mutations")]
-        return self.mutation == Some(rule);
-        #[cfg(not(feature = "mutations"))]
-        {
-            let _: Mutation = rule;
-            false
         }
     }
 }

@@ -20,3 +20,29 @@ pub enum Mutation {
     /// Keep the position while a shortened catch-up runs.
     CatchUpKeepsPosition,
 }
+
+/// Which rule a session breaks: none, in every build but that of the tests.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub(crate) struct Broken {
+    #[cfg(feature = "mutations")]
+    rule: Option<Mutation>,
+}
+
+impl Broken {
+    #[cfg(feature = "mutations")]
+    pub(crate) fn by(rule: Mutation) -> Self {
+        Self { rule: Some(rule) }
+    }
+
+    /// Asked at the place where the rule is kept.
+    #[cfg_attr(not(feature = "mutations"), expect(clippy::unused_self, reason = "one shape"))]
+    pub(crate) fn breaks(self, rule: Mutation) -> bool {
+        #[cfg(feature = "mutations")]
+        return self.rule == Some(rule);
+        #[cfg(not(feature = "mutations"))]
+        {
+            let _: Mutation = rule;
+            false
+        }
+    }
+}

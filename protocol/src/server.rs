@@ -69,7 +69,7 @@ use crate::limits::Limits;
 use crate::log::Missed;
 use crate::log::{Chunk, FollowerId, Log, Next, Shortened};
 use crate::message::{AbortReason, DiffId, Reason, TEXT_BYTES, ToClient, ToServer, Way, clip};
-use crate::mutation::Mutation;
+use crate::mutation::{Broken, Mutation};
 use crate::position::{Chain, Position, Revision};
 use crate::table::Values;
 use crate::tree::{Hash, KeyHash, KeyPrefix, TREE_VERSION, Tree};
@@ -199,8 +199,7 @@ pub struct Session {
     events: VecDeque<Event>,
     /// What goes out before any live change.
     control: VecDeque<ToClient>,
-    #[cfg(feature = "mutations")]
-    mutation: Option<Mutation>,
+    broken: Broken,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -453,15 +452,14 @@ impl Session {
             progressed: (0, now),
             events: VecDeque::new(),
             control: VecDeque::new(),
-            #[cfg(feature = "mutations")]
-            mutation: None,
+            broken: Broken::default(),
         }
     }
 
     /// Breaks a rule from here on, so that a test can show that it would be noticed.
     #[cfg(feature = "mutations")]
     pub fn mutate(&mut self, mutation: Mutation) {
-        self.mutation = Some(mutation);
+        self.broken = Broken::by(mutation);
     }
 
     // What comes from the peer.
@@ -653,7 +651,7 @@ impl Session {
 
     /// The diff may run.
     pub fn handle_admitted(&mut self, diff: DiffId) {
-        let late = self.breaks(Mutation::RecordAfterSnapshot);
+        let late = self.broken.breaks(Mutation::RecordAfterSnapshot);
         if let Some(at) = self.diff(diff)
             && at.phase == Phase::Queued
         {
@@ -685,7 +683,7 @@ impl Session {
 
     /// The Differ asks or is done.
     pub fn handle_step(&mut self, diff: DiffId, step: Step) {
-        let ends = self.breaks(Mutation::RecordingEndsWithWalk);
+        let ends = self.broken.breaks(Mutation::RecordingEndsWithWalk);
         let turn = self.cursor;
         let Some(at) = self.diff(diff) else { return };
         let (diff, max_deletes) = (at.id, at.max_deletes);
@@ -977,7 +975,7 @@ impl Session {
     /// Rule 7.
     fn jump(&mut self, log: &Log) {
         if let State::Diff(at) = &self.state
-            && !self.breaks(Mutation::JumpKeepsDiff)
+            && !self.broken.breaks(Mutation::JumpKeepsDiff)
         {
             self.abort(at.id, AbortReason::FellBehind);
         }
@@ -1031,8 +1029,8 @@ impl Session {
 
     /// Rules 3, 4 and 5: sends the repairs that were read, if the stream has come far enough.
     fn repair(&mut self, log: &Log) {
-        let hold = !self.breaks(Mutation::NoHold);
-        let suppress = !self.breaks(Mutation::NoSuppression);
+        let hold = !self.broken.breaks(Mutation::NoHold);
+        let suppress = !self.broken.breaks(Mutation::NoSuppression);
         let window = self.unacknowledged < self.config.repair_window;
         let State::Diff(at) = &mut self.state else { return };
         let Phase::Repair(repair) = &mut at.phase else { return };
@@ -1091,7 +1089,7 @@ impl Session {
 
     /// The diff at hand, if it is this one. Rule 8.
     fn diff(&mut self, diff: DiffId) -> Option<&mut Diff> {
-        let any = self.breaks(Mutation::StaleDiffer);
+        let any = self.broken.breaks(Mutation::StaleDiffer);
         match &mut self.state {
             State::Diff(at) if at.id == diff || any => Some(at),
             State::Diff(_)
@@ -1146,17 +1144,6 @@ impl Session {
         match self.state {
             State::Hello | State::Subscribing(_) | State::Closed => limits::HANDSHAKE_FRAME_BYTES,
             State::CatchUp(_) | State::Relay | State::Diff(_) => self.config.limits.frame_bytes,
-        }
-    }
-
-    #[cfg_attr(not(feature = "mutations"), allow(clippy::unused_self, reason = "one shape"))]
-    fn breaks(&self, rule: Mutation) -> bool {
-        #[cfg(feature = "mutations")]
-        return self.mutation == Some(rule);
-        #[cfg(not(feature = "mutations"))]
-        {
-            let _: Mutation = rule;
-            false
         }
     }
 }
