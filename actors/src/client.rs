@@ -369,6 +369,11 @@ impl Client {
         self.link.as_ref().and_then(|(_, session)| session.position())
     }
 
+    /// It was resumed, and what it had missed is still coming.
+    fn is_catching_up(&self) -> bool {
+        self.link.as_ref().is_some_and(|(_, session)| session.is_catching_up())
+    }
+
     fn tell(&self, command: Command) {
         if let Some(middleman) = &self.middleman {
             middleman.do_send(command);
@@ -770,8 +775,10 @@ impl Client {
     /// Tells those who wait for what has been reached.
     fn reach(&mut self) {
         let Some(at) = self.standing() else { return };
+        // Resumed is not ready: what was missed is still coming.
+        let ready = !self.is_catching_up();
         let reached = |waiting: &mut Waiter| {
-            let followed = waiting.epoch.is_none_or(|epoch| epoch == at.epoch);
+            let followed = waiting.epoch.map_or(ready, |epoch| epoch == at.epoch);
             followed && waiting.revision <= at.revision
         };
         for Waiter { waiter, .. } in self.waiters.extract_if(.., reached) {
@@ -829,7 +836,7 @@ impl Client {
         let position = self.standing();
         let health = match &self.trouble {
             _ if stream.is_none() => Health::Disconnected,
-            _ if position.is_some() => Health::Ready,
+            _ if position.is_some() && !self.is_catching_up() => Health::Ready,
             Some(trouble) => trouble.clone(),
             None => Health::Syncing,
         };
@@ -973,8 +980,8 @@ impl Handler<Diff> for Client {
     fn handle(&mut self, _: Diff, ctx: &mut Context<Self>) -> Self::Result {
         let (waiter, outcome) = oneshot::channel();
         let full = self.due.unwrap_or(false);
-        let soon = |session: &Session| session.is_comparing() || session.is_catching_up();
-        let soon = self.link.as_ref().is_some_and(|(_, session)| soon(session));
+        let comparing = self.link.as_ref().is_some_and(|(_, session)| session.is_comparing());
+        let soon = comparing || self.is_catching_up();
         let asked = if soon { Ok(()) } else { self.ask_for_diff(full) };
         match (asked, &mut self.running) {
             // One that is as good as done, or what was missed, comes first: nobody need be told to come

@@ -14,7 +14,7 @@
 //! |---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|
 //! | Hello | accept | accept | close | close | close | close | close | close | close | close | close | close | accept | accept | close | close | close |
 //! | CatchUp | close | close | accept | close | accept | close | close | close | close | close | close | ignore | accept | accept | close | accept | accept |
-//! | Relay | close | close | accept | accept | accept | close | close | close | close | close | close | accept | accept | accept | accept | close | close |
+//! | Relay | close | close | accept | accept | accept | close | close | close | close | close | close | accept | accept | accept | accept | close | accept |
 //! | PreDiff | close | close | accept | accept | accept | accept | close | close | close | close | accept | ignore | accept | accept | ignore | close | close |
 //! | Diff | close | close | accept | accept | close | close | accept | accept | close | close | accept | ignore | accept | accept | ignore | close | close |
 //! | PostDiff | close | close | accept | accept | close | close | close | close | accept | accept | accept | ignore | accept | accept | ignore | close | close |
@@ -94,6 +94,8 @@ pub struct Session {
     stream: Option<Position>,
     /// Nothing is missing up to the stream's place.
     whole: bool,
+    /// It was resumed, and what it had missed is still coming.
+    catching_up: bool,
     /// The store refused a live change since the last snapshot for a diff.
     refused: bool,
     /// How many `FellBehind` there were.
@@ -238,7 +240,7 @@ pub enum Output {
         /// Each with its hashes.
         changes: Vec<(Change, Digest)>,
     },
-    /// All that was missed is there.
+    /// All that was missed before the follower was resumed is there.
     CaughtUp(Revision),
     /// Apply these repairs, then [`Session::handle_repaired`].
     Repair {
@@ -344,6 +346,7 @@ impl Session {
             presented: position,
             stream: None,
             whole: false,
+            catching_up: false,
             refused: false,
             jumps: 0,
             answer_bytes: 0,
@@ -414,6 +417,10 @@ impl Session {
             (State::Hello, _) => return unexpected,
             (State::CatchUp(so_far), message) => {
                 return self.catch_up(so_far, message, unexpected);
+            }
+            (State::Relay, ToClient::CaughtUp { revision, chain }) => {
+                self.caught_up(revision, chain, unexpected)?;
+                State::Relay
             }
             (state, ToClient::Live { first, before, changes }) => {
                 self.follow(first, before, changes.0)?;
@@ -491,6 +498,7 @@ impl Session {
                 // Nothing was missing there, and everything behind it will come, in its order.
                 self.whole =
                     way == Way::Resumed || self.broken.breaks(Mutation::CatchUpKeepsPosition);
+                self.catching_up = true;
             }
             let shortened = way == Way::Shortened;
             self.state = if shortened { State::CatchUp(revision) } else { State::Relay };
@@ -520,6 +528,30 @@ impl Session {
         stream.revision = stream.revision.plus(changes.len() as u64);
         stream.chain = changes.iter().fold(stream.chain, |chain, (_, digest)| chain.fold(digest));
         self.outputs.push_back(Output::Apply { first, changes });
+        Ok(())
+    }
+
+    /// The end of what was missed, where all of it was sent.
+    fn caught_up(
+        &mut self,
+        revision: Revision,
+        chain: Chain,
+        unexpected: Result<(), ProtocolError>,
+    ) -> Result<(), ProtocolError> {
+        let stands =
+            self.stream.map_or((Revision::ZERO, Chain::START), |at| (at.revision, at.chain));
+        if !self.catching_up {
+            return unexpected;
+        }
+        if stands.0 != revision {
+            let (got, revision, stands) = ("CaughtUp", revision.0, stands.0.0);
+            return Err(ProtocolError::Revision { got, revision, stands });
+        }
+        if stands.1 != chain {
+            return Err(ProtocolError::Chain { revision: revision.0 });
+        }
+        self.catching_up = false;
+        self.outputs.push_back(Output::CaughtUp(revision));
         Ok(())
     }
 
@@ -553,6 +585,7 @@ impl Session {
             }
             (stream.revision, stream.chain) = (revision, chain);
             self.whole = !self.refused;
+            self.catching_up = false;
             self.state = State::Relay;
             self.outputs.push_back(Output::CaughtUp(revision));
         } else if !matches!(message, ToClient::Verify { .. }) {
@@ -584,6 +617,7 @@ impl Session {
         }
         (stream.revision, stream.chain) = (revision, chain);
         self.whole = false;
+        self.catching_up = false;
         self.jumps = jumps;
         self.outputs.push_back(Output::FellBehind(revision));
         self.state = match state {
@@ -760,12 +794,16 @@ impl Session {
         max_deletes: u64,
     ) -> Result<DiffId, NotNow> {
         match self.state {
+            State::CatchUp(_) | State::Relay if self.catching_up => {
+                return Err(NotNow::CatchingUp);
+            }
             State::Relay if !self.is_comparing() => self.check = None,
             State::Relay | State::PreDiff { .. } | State::Diff { .. } | State::PostDiff { .. } => {
                 return Err(NotNow::AlreadyDiffing);
             }
-            State::CatchUp(_) => return Err(NotNow::CatchingUp),
-            State::Hello | State::Closed => return Err(NotNow::Disconnected),
+            State::Hello | State::CatchUp(_) | State::Closed => {
+                return Err(NotNow::Disconnected);
+            }
         }
         self.last_diff = DiffId(self.last_diff.0.wrapping_add(1));
         let id = self.last_diff;
@@ -906,9 +944,9 @@ impl Session {
         self.check.as_ref().is_some_and(|check| check.of.is_some())
     }
 
-    /// Whether what was missed is still coming, one change a key.
+    /// Whether it was resumed, and what it had missed is still coming.
     pub fn is_catching_up(&self) -> bool {
-        matches!(self.state, State::CatchUp(_))
+        self.catching_up
     }
 
     /// Where the stream stands, or stood when a shortened catch-up began; `None` before the handshake is through.

@@ -301,7 +301,8 @@ messages! {
             /// Those of them that count.
             changes: Changes,
         }
-        /// That was all that you missed: the stream stands here, and goes on live.
+        /// That was all that you missed, one change a key or as it was: the stream stands here, and goes on
+        /// live.
         16 CaughtUp {
             /// Where the stream stands.
             revision: Revision,

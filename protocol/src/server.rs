@@ -169,8 +169,8 @@ pub struct Session {
     /// The next change that goes on the wire.
     cursor: Revision,
     /// The end of what the follower had missed when it was resumed: small frames up to here are put
-    /// together.
-    missed: Revision,
+    /// together, and it is told when the stream stands there.
+    missed: Option<Position>,
     /// What Welcome said; from then on the end of the connection is a farewell, no refusal.
     way: Option<Way>,
     /// To be closed at the end of the log.
@@ -436,7 +436,7 @@ impl Session {
             follower,
             state: State::Hello,
             cursor: Revision::ZERO,
-            missed: Revision::ZERO,
+            missed: None,
             way: None,
             stopping: false,
             jumps: 0,
@@ -610,7 +610,7 @@ impl Session {
             return;
         }
         let changes = head.revision.0.saturating_sub(at.revision.0);
-        self.missed = head.revision;
+        self.missed = way.resumes().then_some(head);
         if way == Way::Resumed
             && changes > WORTH_SHORTENING
             && changes <= self.config.shorten_changes as u64
@@ -885,6 +885,7 @@ impl Session {
                 self.jump(log);
             } else {
                 self.end_at_mark(log);
+                self.end_of_missed();
                 self.pass_checkpoint(log);
                 self.repair(log);
             }
@@ -900,6 +901,14 @@ impl Session {
         self.control.pop_front().map(Transmit::Message)
     }
 
+    /// Says so when a follower that was resumed has been sent all that it had missed.
+    fn end_of_missed(&mut self) {
+        let sent = |missed: &mut Position| missed.revision.next() == self.cursor;
+        if let Some(Position { revision, chain, .. }) = self.missed.take_if(sent) {
+            self.control.push_back(ToClient::CaughtUp { revision, chain });
+        }
+    }
+
     /// A frame of the log, or what a follower missed as far as it fits one. Not beside a diff, whose mark the
     /// stream must not pass.
     fn send_from(&mut self, chunk: &Chunk, log: &Log) -> Transmit {
@@ -908,7 +917,7 @@ impl Session {
         let mut room = self.joined_bytes().saturating_sub(frame.len());
         let mut changes = chunk.keys.len();
         while self.state == State::Relay
-            && self.cursor <= self.missed
+            && self.missed.is_some_and(|missed| self.cursor <= missed.revision)
             && let Next::Chunk(next) = log.at(self.cursor)
             && next.frame.len() <= room
             && changes + next.keys.len() <= limits::MAX_CHANGES
@@ -930,10 +939,9 @@ impl Session {
     fn catch_up(&mut self, log: &Log) -> Option<Part> {
         let State::CatchUp(shortened) = &self.state else { return None };
         let Some(next) = shortened.next(self.cursor) else {
-            let Position { revision, chain, .. } = shortened.end();
+            self.cursor = shortened.end().revision.next();
             self.state = State::Relay;
-            self.cursor = revision.next();
-            self.control.push_back(ToClient::CaughtUp { revision, chain });
+            self.end_of_missed();
             return None;
         };
         if log.holding(next).is_none() {
@@ -980,6 +988,7 @@ impl Session {
             self.abort(at.id, AbortReason::FellBehind);
         }
         self.jumps = self.jumps.wrapping_add(1);
+        self.missed = None;
         self.cursor = log.head().next();
         let (jumps, revision, chain) = (self.jumps, log.head(), log.chain());
         self.control.push_back(ToClient::FellBehind { jumps, revision, chain });

@@ -165,7 +165,8 @@ impl Follower<'_> {
         let event = match event {
             Happened::Connected(at, way) => {
                 if self.args.once && way.resumes() {
-                    // It comes by itself otherwise. Its end is an event.
+                    // It comes by itself otherwise. It begins when what was missed is there, and its end is an
+                    // event.
                     self.client.actor().do_send(actors::Diff);
                 }
                 Event::Connected(at, way)

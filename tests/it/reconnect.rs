@@ -245,6 +245,9 @@ async fn a_stopped_follower_goes_on_where_it_was() {
     client.continue_from(at).await.unwrap();
     let mut events = client.events().await.unwrap();
     client.ready().await.unwrap();
+    // Ready is who has what was missed.
+    client.wait_ready(crate::harness::LONG).await.unwrap();
+    assert!(client.reader().get(b"missed").unwrap().is_some());
     assert_eq!(way(&mut events).await, Way::Resumed);
     assert_converges(&server, &client).await;
     client.stop().await;

@@ -159,6 +159,8 @@ struct Link {
     replies: VecDeque<Reply>,
     differs: Vec<Differ>,
     work: VecDeque<Work>,
+    /// It is caught up one change a key.
+    shortened: bool,
     /// Keys of live changes since `SyncStart`, as the follower sees them.
     updated: BTreeSet<Key>,
 }
@@ -451,6 +453,7 @@ impl World {
             replies: VecDeque::new(),
             differs: Vec::new(),
             work: VecDeque::new(),
+            shortened: false,
             updated: BTreeSet::new(),
         });
         self.drain_client(index)
@@ -712,6 +715,7 @@ impl World {
                 Output::Send(message) => link.to_server.push_back(wire::encode(&message)),
                 Output::Connected(_, way) => {
                     self.stats.ways[way as usize] += 1;
+                    link.shortened = way == Way::Shortened;
                     follower.wants_diff |= !way.resumes();
                 }
                 Output::FellBehind(_) => follower.wants_diff = true,
@@ -720,7 +724,7 @@ impl World {
                     self.stats.shortened += changes.len() as u64;
                     self.catch_up(index, &changes)?;
                 }
-                Output::CaughtUp(_) => self.stats.caught_up += 1,
+                Output::CaughtUp(_) => self.stats.caught_up += u64::from(link.shortened),
                 Output::Repair { diff, changes } => self.repair(index, diff, &changes)?,
                 Output::Answer { diff, tree, query, .. } => {
                     link.work.push_back(Work::Answer(diff, tree, query));

@@ -769,6 +769,9 @@ fn client_stages() -> Vec<(&'static str, ClientEnd)> {
     back.message(resumed(start(), Way::Shortened));
     assert_eq!(back.outputs, [Output::Connected(start(), Way::Shortened)]);
     stages.push(("catching up", back));
+    let mut back = ClientEnd::at(Limits::default(), Some(start()));
+    back.message(resumed(start(), Way::Resumed));
+    stages.push(("resumed", back));
 
     end.message(welcome());
     assert!(matches!(
@@ -854,6 +857,8 @@ fn to_client(message: &str, end: &ClientEnd) -> ToClient {
         "Pong" => ToClient::Pong {},
         "Mark" => ToClient::Mark { revision },
         "CatchUp" => catch_up(revision.plus(2)),
+        // One change a key leads further, live changes have.
+        "CaughtUp" if end.session.state() == "Relay" => ToClient::CaughtUp { revision, chain },
         "CaughtUp" => caught_up(revision.plus(3)),
         other => panic!("{other} is no message"),
     }
@@ -893,6 +898,8 @@ fn fits_client(stage: &str, message: &str) -> bool {
         "SyncRequest" | "SyncSeq" => ["diff", "answered"].contains(&stage),
         // The one repair that was announced.
         "Repair" => stage == "announced",
+        // Once, where all that was missed has been sent.
+        "CaughtUp" => ["catching up", "resumed"].contains(&stage),
         _ => true,
     }
 }
@@ -1377,7 +1384,12 @@ fn little_is_not_shortened() {
     // Of 14 changes no 14 are left out: nobody looks which.
     let few = behind(&again(14));
     let end = few.subscribed(config);
-    assert_eq!(end.sent, [few.welcome(Way::Resumed), live(again(14), &few.at)]);
+    let caught_up = |behind: &Behind| {
+        let Position { revision, chain, .. } = behind.head();
+        ToClient::CaughtUp { revision, chain }
+    };
+    let all = [few.welcome(Way::Resumed), live(again(14), &few.at), caught_up(&few)];
+    assert_eq!(end.sent, all);
     assert_eq!((end.session.state(), end.events), ("Relay", vec![]));
 
     // 13 of 15 are left out, and 14 of 15.
@@ -1389,7 +1401,8 @@ fn little_is_not_shortened() {
         end.act(|session| session.handle_shortened(Some(shortened)));
         assert_eq!((end.session.state(), &end.events[..]), ("Relay", &[][..]));
         if dropped < 14 {
-            let all = [behind.welcome(Way::Resumed), live(changes, &behind.at)];
+            let sent = live(changes, &behind.at);
+            let all = [behind.welcome(Way::Resumed), sent, caught_up(&behind)];
             assert_eq!(end.sent, all);
         } else {
             let (revision, chain) = (behind.log.head(), behind.log.chain());
@@ -1411,7 +1424,7 @@ fn much_is_not_shortened() {
             assert!(matches!(end.events[..], [Event::Shorten(..)]));
             continue;
         }
-        let [welcome, live @ ..] = &end.sent[..] else { panic!() };
+        let [welcome, live @ .., ToClient::CaughtUp { .. }] = &end.sent[..] else { panic!() };
         assert_eq!(*welcome, behind.welcome(Way::Resumed));
         let frames: Vec<_> = live
             .iter()
@@ -1452,14 +1465,17 @@ fn small_frames_that_were_missed_are_put_together() {
         let config = SessionConfig { missed_bytes, shorten_changes: 0, ..SessionConfig::default() };
         let end = behind.subscribed(config);
         assert_eq!(end.sent[0], behind.welcome(Way::Resumed));
-        let sent: Vec<_> = end.sent[1..].iter().map(live).collect();
+        let [_, sent @ .., ToClient::CaughtUp { .. }] = &end.sent[..] else { panic!() };
+        let sent: Vec<_> = sent.iter().map(live).collect();
         assert!(frames.contains(&sent.len()), "{sent:?}");
         assert_eq!(sent.iter().map(|(_, changes)| changes).sum::<usize>(), 100);
-        // A follower takes them for what they are.
+        // A follower takes them for what they are, and knows when it has them all.
         let mut client = ClientEnd::at(Limits::default(), Some(behind.at));
         for message in end.sent.clone() {
+            assert!(matches!(message, ToClient::Welcome { .. }) || client.session.is_catching_up());
             client.message(message);
         }
+        assert!(!client.session.is_catching_up());
         assert_eq!(client.session.position(), behind.table.position());
     }
 }
@@ -2035,7 +2051,7 @@ fn a_diff_begins_when_the_one_before_is_verified() {
             "hello" | "closed" => Err(NotNow::Disconnected),
             "relay" => Ok(DIFF),
             "verified" => Ok(NEXT_DIFF),
-            "catching up" => Err(NotNow::CatchingUp),
+            "catching up" | "resumed" => Err(NotNow::CatchingUp),
             _ => Err(NotNow::AlreadyDiffing),
         };
         assert_eq!(diff, Some(expected), "{stage}");
