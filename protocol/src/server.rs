@@ -912,8 +912,9 @@ impl Session {
     /// A frame of the log, or what a follower missed as far as it fits one. Not beside a diff, whose mark the
     /// stream must not pass.
     fn send_from(&mut self, chunk: &Chunk, log: &Log) -> Transmit {
-        let mut joined = vec![chunk.clone()];
         let frame = self.send_live(chunk);
+        // Nothing is kept for a follower that missed nothing: that is every frame to everybody.
+        let mut joined = Vec::new();
         let mut room = self.joined_bytes().saturating_sub(frame.len());
         let mut changes = chunk.keys.len();
         while self.state == State::Relay
@@ -925,9 +926,12 @@ impl Session {
             room -= next.frame.len();
             changes += next.keys.len();
             self.send_live(next);
+            if joined.is_empty() {
+                joined.push(chunk.clone());
+            }
             joined.push(next.clone());
         }
-        if joined.len() == 1 { Transmit::Live(frame) } else { Transmit::Joined(Joined(joined)) }
+        if joined.is_empty() { Transmit::Live(frame) } else { Transmit::Joined(Joined(joined)) }
     }
 
     /// How large a frame of several is at most.
