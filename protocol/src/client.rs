@@ -627,9 +627,10 @@ impl Session {
                 self.outputs.push_back(Output::DiffAborted { diff: diff.id, reason });
                 State::Relay
             }
+            State::CatchUp(_) => State::Relay,
             // One that was asked for before the jump was known will be refused.
-            State::CatchUp(_) | State::Relay => State::Relay,
             State::Hello
+            | State::Relay
             | State::PreDiff { .. }
             | State::Diff { .. }
             | State::PostDiff { .. }

@@ -684,9 +684,9 @@ impl Session {
     /// The Differ asks or is done.
     pub fn handle_step(&mut self, diff: DiffId, step: Step) {
         let ends = self.broken.breaks(Mutation::RecordingEndsWithWalk);
-        let turn = self.cursor;
+        let turn = self.sent();
         let Some(at) = self.diff(diff) else { return };
-        let (diff, max_deletes) = (at.id, at.max_deletes);
+        let diff = at.id;
         let Phase::Walk { asked } = &mut at.phase else { return };
         match step {
             Step::Ask(query) => {
@@ -695,20 +695,20 @@ impl Session {
                 self.control.push_back(ToClient::SyncRequest { diff, query });
             }
             Step::Done(found) => {
-                at.served.writes = found.writes.len() as u64;
-                at.served.deletes = found.deletes.len() as u64;
-                let held = found.deletes.len() as u64 > max_deletes;
+                let (writes, deletes) = (found.writes.len() as u64, found.deletes.len() as u64);
+                (at.served.writes, at.served.deletes) = (writes, deletes);
+                let held = deletes > at.max_deletes;
                 at.recording = !ends;
                 at.phase = Phase::Repair(Repair {
                     found: Arc::new(found),
                     next: 0,
                     readings: 0,
                     ready: None,
-                    turn: Revision(turn.0.saturating_sub(1)),
+                    turn,
                     suppressed: 0,
                     failed: BTreeSet::new(),
                 });
-                self.sequence(diff);
+                self.control.push_back(ToClient::SyncSeq { diff, writes, deletes });
                 if held {
                     self.abort(diff, AbortReason::Held);
                 } else {
@@ -716,14 +716,6 @@ impl Session {
                 }
             }
         }
-    }
-
-    /// Says how many repairs there are at most.
-    fn sequence(&mut self, diff: DiffId) {
-        let Some(Phase::Repair(repair)) = self.diff(diff).map(|at| &mut at.phase) else { return };
-        let writes = repair.found.writes.len() as u64;
-        let deletes = repair.found.deletes.len() as u64;
-        self.control.push_back(ToClient::SyncSeq { diff, writes, deletes });
     }
 
     /// The Differ ended without a result. Another diff may do better.
