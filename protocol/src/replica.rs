@@ -122,7 +122,8 @@ pub fn scrub(
         let entry = Entry::new(&key, &value);
         let expected = tree.get_hashed(entry.key_hash(), &key);
         if expected.is_some() {
-            seen.push(first_bits(entry.key_hash()));
+            // Two keys that collide here hide one that is gone, until the next diff.
+            seen.push(entry.key_hash().first_bits());
         }
         if expected.map(Entry::hash) != Some(entry.hash()) && found.len() < max {
             found.push(Correction { key, entry: Some(entry) });
@@ -131,15 +132,10 @@ pub fn scrub(
     if seen.len() < tree.len() {
         seen.sort_unstable();
         let gone =
-            tree.iter().filter(|entry| seen.binary_search(&first_bits(entry.key_hash())).is_err());
+            tree.iter().filter(|entry| seen.binary_search(&entry.key_hash().first_bits()).is_err());
         let key = |entry: &Entry| Key::copy_from_slice(entry.key());
         let room = max.saturating_sub(found.len());
         found.extend(gone.take(room).map(|entry| Correction { key: key(entry), entry: None }));
     }
     (found, None)
-}
-
-/// Tells keys apart well enough: two that collide hide one that is gone, until the next diff.
-fn first_bits(hash: &KeyHash) -> u64 {
-    hash.as_bytes().first_chunk().copied().map_or(0, u64::from_be_bytes)
 }

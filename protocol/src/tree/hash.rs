@@ -162,7 +162,7 @@ impl KeyHash {
     }
 
     /// The first 64 bits.
-    pub(super) fn first_bits(&self) -> u64 {
+    pub(crate) fn first_bits(&self) -> u64 {
         self.0.first_chunk().copied().map_or(0, u64::from_be_bytes)
     }
 }
