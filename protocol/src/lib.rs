@@ -58,7 +58,7 @@ pub use error::{DecodeError, ProtocolError};
 pub use heartbeat::HeartbeatConfig;
 pub use limits::{HANDSHAKE_FRAME_BYTES, LimitError, Limits, MAX_CHANGES};
 pub use log::{Checkpoint, Chunk, FollowerId, Log, Missed, Next, Shortened};
-pub use message::{AbortReason, DiffId, Reason, ToClient, ToServer, Way};
+pub use message::{AbortReason, DiffId, NAME_BYTES, Reason, ToClient, ToServer, Way};
 #[cfg(feature = "mutations")]
 pub use mutation::Mutation;
 pub use position::{Chain, ChainTag, Digest, Epoch, Position, Revision};

@@ -409,7 +409,7 @@ codes! {
 }
 
 /// Longest name that a follower gives itself, in bytes: Hello fits the frames of a handshake.
-pub(crate) const NAME_BYTES: usize = 255;
+pub const NAME_BYTES: usize = 255;
 
 /// Longest text of a refusal or farewell, in bytes.
 pub(crate) const TEXT_BYTES: usize = 1024;

@@ -5,12 +5,10 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{ArgGroup, Args, Parser, Subcommand};
+use tablecast_actors::protocol::NAME_BYTES;
 
 /// The longest time that can be given: a year.
 const LONGEST_SECONDS: f64 = 31_536_000.0;
-
-/// The longest name that a follower can give itself: the protocol's.
-const NAME_BYTES: usize = 255;
 
 const AFTER_HELP: &str = "\
 FILE is NDJSON, one object a line: {\"key\":\"k\",\"value\":\"v\"}. Bytes that are not UTF-8 are given as
