@@ -5,6 +5,7 @@ use std::io::{self, IoSlice};
 use std::mem::MaybeUninit;
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
+use std::time::Duration;
 
 use bytes::{Buf, Bytes, BytesMut};
 use tablecast_protocol::wire::HEADER_BYTES;
@@ -17,6 +18,9 @@ use crate::error::AccessError;
 /// How much one read takes at most. On the stack: a connection on which nothing comes keeps no
 /// buffer.
 const READ_BYTES: usize = 32 << 10;
+
+/// How long a connection that is to end may take to send its last words.
+pub(crate) const LAST_WORDS: Duration = Duration::from_secs(1);
 
 /// How often is read before others have their turn, from a peer that is not listened to any more.
 const DRAIN_READS: usize = 8;

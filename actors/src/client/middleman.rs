@@ -18,13 +18,10 @@ use tracing::{debug, info, warn};
 
 use super::backoff::Backoff;
 use super::{Client, Heard, LinkDown, LinkUp, Malformed, MiddlemanFailed, Received, Traffic};
-use crate::access::codec::Framed;
+use crate::access::codec::{Framed, LAST_WORDS};
 use crate::access::{Access, Stream};
 use crate::config::ClientConfig;
 use crate::error::AccessError;
-
-/// How long a connection that is to end may take to send its last words.
-const LAST_WORDS: std::time::Duration = std::time::Duration::from_secs(1);
 
 /// How long nothing is read before that is worth a word when the connection ends.
 const LONG_PAUSE: std::time::Duration = std::time::Duration::from_secs(1);

@@ -32,14 +32,11 @@ use tracing::{debug, info, warn};
 use super::differ::{Abandon, Answered, Differ, Order};
 use super::{Ask, Connect, Gone, Question, Server, SharedLog, root_of};
 use crate::access::Stream;
-use crate::access::codec::Framed;
+use crate::access::codec::{Framed, LAST_WORDS};
 use crate::config::ServerConfig;
 use crate::error::AccessError;
 use crate::metrics;
 use crate::status::{FollowerStatus, ServedDiff, Verified};
-
-/// How long a connection that is to end may take to send its last words.
-const LAST_WORDS: Duration = Duration::from_secs(1);
 
 /// How many frames are read, and how often everything that is pending is written, before others on this
 /// arbiter have their turn.
