@@ -142,6 +142,11 @@ pub fn median<T: Copy + Default + PartialOrd>(mut figures: Vec<T>) -> T {
     figures.get(figures.len() / 2).copied().unwrap_or_default()
 }
 
+/// The one that so many percent of the others are below; `None` of nothing. They must be in order.
+pub fn percentile<T: Copy>(sorted: &[T], percent: usize) -> Option<T> {
+    sorted.get(sorted.len() * percent / 100).copied()
+}
+
 #[cfg(test)]
 mod tests {
     use super::{differences, keys, median};

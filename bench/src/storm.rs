@@ -16,6 +16,7 @@ use tablecast_actors::client::{self, Client, Event};
 use tablecast_actors::protocol::{Change, Epoch, Key, Limits, MemoryStore, Replica, Table, Value};
 use tablecast_actors::server::{self, Arbiters, Endpoint, GetFollowers, GetStatus};
 use tablecast_actors::{ClientConfig, DiffOutcome, ServerConfig};
+use tablecast_bench::percentile;
 use tokio::sync::broadcast;
 
 use crate::report::{Report, rounded};
@@ -216,8 +217,9 @@ async fn write(
 /// Of latencies in milliseconds: the one in the middle, and the one that a hundredth is above.
 fn percentiles(mut late: Vec<Duration>) -> anyhow::Result<(f64, f64)> {
     late.sort();
-    let at = |percent: usize| late.get((late.len() * percent / 100).min(late.len() - 1));
-    let milliseconds = |late: &Duration| late.as_secs_f64() * 1e3;
-    anyhow::ensure!(!late.is_empty(), "no change was delivered");
-    Ok((at(50).map_or(0.0, milliseconds), at(99).map_or(0.0, milliseconds)))
+    let at = |percent: usize| {
+        let late = percentile(&late, percent).context("no change was delivered")?;
+        anyhow::Ok(late.as_secs_f64() * 1e3)
+    };
+    Ok((at(50)?, at(99)?))
 }

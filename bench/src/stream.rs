@@ -14,6 +14,7 @@ use std::time::Duration;
 
 use anyhow::Context;
 use clap::ArgAction;
+use tablecast_bench::percentile;
 use tablecast_protocol::Revision;
 
 use crate::process;
@@ -165,9 +166,8 @@ fn report(args: &Args, figures: &Figures, read: follower::Read) -> Report {
     let writing_s = seconds(wrote.begun_ns, Duration::from_nanos(wrote.ended_ns));
     let mut latencies = read.latencies;
     latencies.sort_unstable();
-    let percentile = |percent: usize| {
-        let at = latencies.len() * percent / 100;
-        latencies.get(at).map(|latency| rounded(latency.as_secs_f64() * 1e6))
+    let latency = |percent: usize| {
+        percentile(&latencies, percent).map(|latency| rounded(latency.as_secs_f64() * 1e6))
     };
     Report::of("stream")
         .with("followers", args.followers)
@@ -185,8 +185,8 @@ fn report(args: &Args, figures: &Figures, read: follower::Read) -> Report {
         .with("bytes_per_read", (read.bytes as f64 / read.reads.max(1) as f64).round())
         .with("paced_writes", args.paced_writes)
         .with("rate", args.rate)
-        .with("p50_us", percentile(50))
-        .with("p99_us", percentile(99))
+        .with("p50_us", latency(50))
+        .with("p99_us", latency(99))
         .with("server_cpu_s_per_million", rounded(server_cpu_s / delivered * 1e6))
         .with("followers_cpu_s_per_million", rounded(followers_cpu_s / delivered * 1e6))
         .with("rss_bytes", *rss_bytes)

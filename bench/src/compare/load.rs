@@ -11,6 +11,7 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use anyhow::{Context, bail};
+use tablecast_bench::percentile;
 use tokio::task::LocalSet;
 
 use crate::process;
@@ -95,8 +96,7 @@ impl Seen {
     /// In microseconds.
     pub(crate) fn percentile(&self, phase: usize, percent: usize) -> f64 {
         let latencies = self.latencies.get(phase).map_or(&[][..], |latencies| latencies);
-        let at = latencies.len() * percent / 100;
-        latencies.get(at).map_or(f64::NAN, |latency| *latency as f64 / 1e3)
+        percentile(latencies, percent).map_or(f64::NAN, |latency| latency as f64 / 1e3)
     }
 }
 

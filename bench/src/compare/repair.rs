@@ -11,7 +11,7 @@ use tablecast::access::tcp::TcpAccess;
 use tablecast::{
     Change, Client, ClientConfig, DiffOutcome, MemoryStore, Reader, Store, StoreError,
 };
-use tablecast_bench::{differences, disturb, keys, missing, store};
+use tablecast_bench::{differences, disturb, keys, missing, percentile, store};
 
 use super::load::Readers;
 use super::system::{Own, System, finish, followers, now_ns};
@@ -134,7 +134,7 @@ pub(crate) fn live(bench: &Bench) -> anyhow::Result<Vec<Line>> {
     })?;
     let seen = finish(&mut own, readers, writes)?;
 
-    let p99 = |ages: &[u64]| ages.get(ages.len() * 99 / 100).map(|age| *age as f64 / 1e3);
+    let p99 = |ages: &[u64]| percentile(ages, 99).map(|age| age as f64 / 1e3);
     let line = |what, ours: Option<f64>, theirs: Option<f64>, goal| {
         let what = format!("{what} p99 while {lacking} keys are repaired");
         Line::new(what, "us").ours(ours).theirs("quiet", theirs).goal(Goal::AtMost(goal))
