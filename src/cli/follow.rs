@@ -141,14 +141,7 @@ impl Follower<'_> {
     /// Says what happens until it is time to leave.
     async fn follow(&mut self, mut events: broadcast::Receiver<Happened>) -> Result<Left, Error> {
         loop {
-            let event = tokio::select! {
-                event = events.recv() => event,
-                () = self.bar.due() => {
-                    self.bar.show();
-                    continue;
-                }
-            };
-            let left = match event {
+            let left = match self.bar.next(&mut events).await {
                 Ok(event) => self.happened(event).await,
                 Err(RecvError::Lagged(missed)) => self.missed(missed).await?,
                 Err(RecvError::Closed) => return Err(Error::Stopped),

@@ -3,6 +3,8 @@
 use std::time::Duration;
 
 use indicatif::{ProgressBar, ProgressStyle};
+use tokio::sync::broadcast;
+use tokio::sync::broadcast::error::RecvError;
 use tokio::time::Instant;
 
 use crate::DiffPhase;
@@ -76,15 +78,27 @@ impl DiffBar {
     }
 
     /// When the diff has taken so long that a bar is due; never, if one is there or there is no diff.
-    pub(super) async fn due(&self) {
+    async fn due(&self) {
         match &self.0 {
             Some(Shown { since, bar: None, .. }) => tokio::time::sleep_until(*since + LONG).await,
             Some(_) | None => std::future::pending().await,
         }
     }
 
-    /// Shows the bar.
-    pub(super) fn show(&mut self) {
+    /// The next event; shows the bar if it is due before that.
+    pub(super) async fn next<T: Clone>(
+        &mut self,
+        events: &mut broadcast::Receiver<T>,
+    ) -> Result<T, RecvError> {
+        loop {
+            tokio::select! {
+                event = events.recv() => return event,
+                () = self.due() => self.show(),
+            }
+        }
+    }
+
+    fn show(&mut self) {
         if let Some(shown) = &mut self.0 {
             let bar = ProgressBar::new(0);
             bar.enable_steady_tick(TICK);

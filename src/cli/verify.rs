@@ -124,14 +124,7 @@ impl Compared {
         events: &mut broadcast::Receiver<Happened>,
     ) -> anyhow::Result<DiffReport> {
         loop {
-            let event = tokio::select! {
-                event = events.recv() => event,
-                () = self.bar.due() => {
-                    self.bar.show();
-                    continue;
-                }
-            };
-            match event {
+            match self.bar.next(events).await {
                 Ok(Happened::Diff(DiffOutcome::Done(report))) => {
                     self.bar.clear();
                     return Ok(report);
