@@ -47,7 +47,7 @@ pub(super) async fn run(args: &Follow, output: &Output) -> Result<ExitCode, Fail
     let store = file::load(args.load.as_deref())?;
     let mut signals = Signals::new()?;
     let position = position(args, &store, output).await;
-    let client = Client::start(config(args), store, TcpAccess::new(&*args.connect))?;
+    let client = Client::start(config(args), store.clone(), TcpAccess::new(&*args.connect))?;
     let table = Arc::clone(client.reader());
     if let Some(position) = position {
         client.continue_from(position).await?;
@@ -81,7 +81,7 @@ pub(super) async fn run(args: &Follow, output: &Output) -> Result<ExitCode, Fail
     {
         dump.write(&*table)?;
         if args.resume {
-            let (root, keys) = resume::root_of(&*table)?;
+            let (root, keys) = resume::root_of(&store)?;
             resume::save(path, position, root, keys)?;
         }
     }
@@ -102,7 +102,7 @@ fn config(args: &Follow) -> ClientConfig {
 /// Where the table stands that was loaded, if that is known.
 async fn position(args: &Follow, store: &MemoryStore, output: &Output) -> Option<Position> {
     let path = args.load.as_deref().filter(|_| args.resume)?;
-    match resume::load(path, store) {
+    match resume::load(path, || resume::root_of(store)) {
         Ok(position) => position,
         Err(error) => {
             let message = format!("a diff is needed: {error:#}");

@@ -9,10 +9,10 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, ensure};
 use serde::{Deserialize, Serialize};
-use tablecast_actors::protocol::Tree;
+use tablecast_actors::protocol::Replica;
 
 use super::file::Dump;
-use crate::{Hash, Position, Reader};
+use crate::{Hash, MemoryStore, Position};
 
 /// More than what is written here ever has.
 const FILE_BYTES: u64 = 4096;
@@ -34,7 +34,10 @@ fn beside(file: &Path) -> PathBuf {
 ///
 /// # Errors
 /// If that cannot be read, or is not of this table.
-pub(super) fn load(file: &Path, table: &dyn Reader) -> anyhow::Result<Option<Position>> {
+pub(super) fn load(
+    file: &Path,
+    root_of: impl FnOnce() -> anyhow::Result<(Hash, usize)>,
+) -> anyhow::Result<Option<Position>> {
     let path = beside(file);
     let mut text = Vec::new();
     match File::open(&path).and_then(|from| from.take(FILE_BYTES).read_to_end(&mut text)) {
@@ -44,12 +47,11 @@ pub(super) fn load(file: &Path, table: &dyn Reader) -> anyhow::Result<Option<Pos
     }
     let context = || format!("{} does not count", path.display());
     let saved: Saved = serde_json::from_slice(&text).with_context(context)?;
-    matches(&saved, table).with_context(context)?;
+    root_of().and_then(|table| matches(&saved, table)).with_context(context)?;
     Ok(Some(saved.position))
 }
 
-fn matches(saved: &Saved, table: &dyn Reader) -> anyhow::Result<()> {
-    let (root, keys) = root_of(table)?;
+fn matches(saved: &Saved, (root, keys): (Hash, usize)) -> anyhow::Result<()> {
     ensure!(
         (saved.root, saved.keys) == (root, keys),
         "it is of {} keys with root {}, the table has {keys} with root {root}",
@@ -88,21 +90,15 @@ pub(super) fn save(
 }
 
 /// The root of a table, and how many keys it has. Hashes every value.
-pub(super) fn root_of(table: &dyn Reader) -> anyhow::Result<(Hash, usize)> {
-    let mut failed = None;
-    let entries =
-        table.snapshot().map_while(|entry| entry.map_err(|error| failed = Some(error)).ok());
-    let tree = Tree::build(entries);
-    match failed {
-        Some(error) => Err(error.into()),
-        None => Ok((tree.root(), tree.len())),
-    }
+pub(super) fn root_of(table: &MemoryStore) -> anyhow::Result<(Hash, usize)> {
+    let replica = Replica::open(table.clone())?;
+    Ok((replica.tree().root(), replica.tree().len()))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{Chain, Epoch, Key, MemoryStore, Revision, Store as _, Value};
+    use crate::{Chain, Epoch, Key, Revision, Value};
 
     #[test]
     fn a_position_counts_with_its_table_only() {
@@ -110,22 +106,22 @@ mod tests {
         let file = directory.path().join("table");
         let table =
             |value| -> MemoryStore { [(Key::from("k"), Value::from(value))].into_iter().collect() };
-        let (table, other) = (table("1").reader(), table("2").reader());
-        assert_eq!(load(&file, &*table).unwrap(), None);
+        let (table, other) = (table("1"), table("2"));
+        assert_eq!(load(&file, || root_of(&table)).unwrap(), None);
         let position = Position {
             epoch: Epoch::from_bytes([7; 16]),
             revision: Revision(3),
             chain: Chain::START,
         };
-        let (root, keys) = root_of(&*table).unwrap();
+        let (root, keys) = root_of(&table).unwrap();
         save(&file, Some(position), root, keys).unwrap();
-        assert_eq!(load(&file, &*table).unwrap(), Some(position));
-        let error = format!("{:#}", load(&file, &*other).unwrap_err());
+        assert_eq!(load(&file, || root_of(&table)).unwrap(), Some(position));
+        let error = format!("{:#}", load(&file, || root_of(&other)).unwrap_err());
         assert!(error.contains("table.position does not count: it is of 1 keys"), "{error}");
         std::fs::write(beside(&file), "{").unwrap();
-        assert!(load(&file, &*table).is_err());
+        assert!(load(&file, || root_of(&table)).is_err());
         save(&file, None, root, keys).unwrap();
-        assert_eq!(load(&file, &*table).unwrap(), None);
+        assert_eq!(load(&file, || root_of(&table)).unwrap(), None);
         assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 0);
     }
 }

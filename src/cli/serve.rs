@@ -13,7 +13,7 @@ use super::http::{Http, Table};
 use super::ndjson::{self, Found, LINE_BYTES, Lines};
 use super::signals::Signals;
 use super::{Failure, STOP_TIMEOUT, Serve, resume};
-use crate::{Change, Error, Limits, MemoryStore, Position, Server, ServerConfig};
+use crate::{Change, Error, Hash, Limits, Position, Server, ServerConfig};
 
 /// How many changes from stdin wait to be written. Then no more is read.
 const WAITING: usize = 16;
@@ -25,9 +25,10 @@ pub(super) async fn run(args: &Serve, output: &Output) -> Result<ExitCode, Failu
     let dump = args.dump.as_deref().map(Dump::at).transpose()?;
     let store = file::load(args.load.as_deref())?;
     let mut signals = Signals::new()?;
-    let position = position(args, &store, output).await;
     let server = Server::start(ServerConfig::default(), store)?;
     let table = Arc::clone(server.reader());
+    let (_, root) = server.root().await?;
+    let position = position(args, (root, table.len()?), output).await;
     let listen = server
         .listen(&*args.listen)
         .with_context(|| format!("cannot listen at {}", args.listen))?;
@@ -45,7 +46,7 @@ pub(super) async fn run(args: &Serve, output: &Output) -> Result<ExitCode, Failu
         http: http.as_ref().map(|http| http.address),
         keys: table.len()?,
         revision,
-        root: server.root().await?.1,
+        root,
     };
     let served = tokio::select! {
         served = serve(args, &server, output, ready) => served,
@@ -71,10 +72,10 @@ pub(super) async fn run(args: &Serve, output: &Output) -> Result<ExitCode, Failu
 
 /// Where the history goes on, if it does. That is used up: were it used twice, there would be two histories
 /// of one name.
-async fn position(args: &Serve, store: &MemoryStore, output: &Output) -> Option<Position> {
+async fn position(args: &Serve, table: (Hash, usize), output: &Output) -> Option<Position> {
     let path = args.load.as_deref().filter(|_| args.resume)?;
     let forgotten = |position| resume::forget(path).map(|()| position);
-    match resume::load(path, store).and_then(forgotten) {
+    match resume::load(path, || Ok(table)).and_then(forgotten) {
         Ok(position) => position,
         Err(error) => {
             let message = format!("a new history begins: {error:#}");
