@@ -139,6 +139,12 @@ impl Proxy {
         Self { address, gate }
     }
 
+    /// Cuts, and waits until the follower has noticed.
+    pub async fn cut(&self, events: &mut broadcast::Receiver<Event>) {
+        self.set(Gate::Cut);
+        event(events, |event| matches!(event, Event::Disconnected(_)).then_some(())).await;
+    }
+
     pub fn set(&self, gate: Gate) {
         self.gate.send_replace(gate);
     }

@@ -16,7 +16,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
 use crate::harness::{
-    Gate, LONG, Proxy, connect, entries, event, filled, follower, key, quick, report, serve, within,
+    LONG, Proxy, connect, entries, event, filled, follower, key, quick, report, serve, within,
 };
 
 async fn read_message(stream: &mut TcpStream) -> Option<ToClient> {
@@ -198,8 +198,7 @@ async fn what_was_found_corrupt_has_no_position() {
         }
     })
     .await;
-    proxy.set(Gate::Cut);
-    event(&mut events, |event| matches!(event, Event::Disconnected(_)).then_some(())).await;
+    proxy.cut(&mut events).await;
     store.shut(false);
     event(&mut events, |event| matches!(event, Event::Corrupt { .. }).then_some(())).await;
     let position = client.stop().await;

@@ -14,8 +14,7 @@ async fn cut_and_write(
     events: &mut Receiver<Event>,
     keys: std::ops::Range<usize>,
 ) {
-    proxy.set(Gate::Cut);
-    event(events, |event| matches!(event, Event::Disconnected(_)).then_some(())).await;
+    proxy.cut(events).await;
     for number in keys {
         server.write(key(number), "while away").await.unwrap();
         server.delete(key(500 + number)).await.unwrap();
@@ -150,8 +149,7 @@ async fn a_table_that_was_changed_beside_the_server_is_not_resumed() {
     assert!(connect(&client).await.equal());
     let mut events = client.events().await.unwrap();
     client.write(key(3), "broken").await.unwrap();
-    proxy.set(Gate::Cut);
-    event(&mut events, |event| matches!(event, Event::Disconnected(_)).then_some(())).await;
+    proxy.cut(&mut events).await;
     proxy.set(Gate::Open);
     assert_eq!(way(&mut events).await, Way::NoPosition);
     assert_eq!(report(&mut events).await.written, 1);
@@ -210,8 +208,7 @@ async fn many_changes_of_few_keys_are_caught_up_one_a_key() {
     let client = follower(proxy.address, MemoryStore::new());
     assert!(connect(&client).await.equal());
     let mut events = client.events().await.unwrap();
-    proxy.set(Gate::Cut);
-    event(&mut events, |event| matches!(event, Event::Disconnected(_)).then_some(())).await;
+    proxy.cut(&mut events).await;
     let before = client.status().await.unwrap();
     for number in 0..10_000 {
         server.write(key(number % 50), format!("{number}")).await.unwrap();
@@ -281,8 +278,7 @@ async fn an_outage_costs_the_bytes_of_what_was_missed() {
         let client = follower(proxy.address, same);
         assert!(connect(&client).await.equal());
         let mut events = client.events().await.unwrap();
-        proxy.set(Gate::Cut);
-        event(&mut events, |event| matches!(event, Event::Disconnected(_)).then_some(())).await;
+        proxy.cut(&mut events).await;
         let before = client.status().await.unwrap();
         let missed = (0..KEYS).step_by(5).map(|number| entry(number, 1));
         for (key, value) in missed {
