@@ -34,11 +34,11 @@ impl StoreError {
 /// assert_eq!(reader.get(b"colour").unwrap().as_deref(), Some(&b"blue"[..]));
 /// ```
 pub trait Store: Send + 'static {
-    /// Applies changes in their order, all or nothing. A server passes a whole batch, a follower
-    /// one change at a time.
+    /// Applies changes in their order, all or nothing. A server passes a whole batch; a follower what came
+    /// in one frame, and that change by change if it is refused.
     ///
     /// # Errors
-    /// If it refuses: then it must be as it was before. The change is not made anywhere else.
+    /// If it refuses: then it must be as it was before. No change is made anywhere else.
     fn apply(&mut self, changes: &[Change]) -> Result<(), StoreError>;
 
     /// A reader of what has been applied, now and later. Called once.
@@ -82,16 +82,15 @@ pub struct MemoryStore {
 
 type Map = OrdMap<Headed, Value>;
 
-/// A key with its first bytes in place: most comparisons are decided there, and a key that is somewhere else
+/// A key with its first bytes in place: comparisons are decided there, and a key that is somewhere else
 /// in memory costs a cache miss each.
-#[derive(Clone, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone)]
 struct Headed {
     head: u128,
     key: Key,
 }
 
 /// The same for a lookup, without a key of its own.
-#[derive(PartialEq, Eq)]
 struct Wanted<'a> {
     head: u128,
     key: &'a [u8],
@@ -99,7 +98,7 @@ struct Wanted<'a> {
 
 /// The first 16 bytes, in their order; a shorter key ends with zeros. Where two are the same the keys
 /// themselves decide.
-fn head(key: &[u8]) -> u128 {
+pub(crate) fn head(key: &[u8]) -> u128 {
     let mut head = [0; 16];
     let length = key.len().min(head.len());
     if let (Some(head), Some(key)) = (head.get_mut(..length), key.get(..length)) {
@@ -120,15 +119,43 @@ impl Wanted<'_> {
     }
 }
 
+impl PartialEq for Headed {
+    fn eq(&self, other: &Self) -> bool {
+        self.cmp(other).is_eq()
+    }
+}
+
+impl Eq for Headed {}
+
+impl PartialOrd for Headed {
+    fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
+        Some(self.cmp(other))
+    }
+}
+
+impl Ord for Headed {
+    fn cmp(&self, other: &Self) -> Ordering {
+        Wanted { head: self.head, key: &self.key }.compare(other)
+    }
+}
+
 impl Equivalent<Headed> for Wanted<'_> {
     fn equivalent(&self, other: &Headed) -> bool {
-        self.head == other.head && self.key == other.key
+        self.compare(other).is_eq()
     }
 }
 
 impl Comparable<Headed> for Wanted<'_> {
     fn compare(&self, other: &Headed) -> Ordering {
-        self.head.cmp(&other.head).then_with(|| self.key.cmp(&other.key))
+        self.head.cmp(&other.head).then_with(|| {
+            let lengths = (self.key.len(), other.key.len());
+            if lengths.0.max(lengths.1) <= size_of::<u128>() {
+                // All of both is in the heads, and one is the other with zeros behind it.
+                lengths.0.cmp(&lengths.1)
+            } else {
+                self.key.cmp(&other.key)
+            }
+        })
     }
 }
 
