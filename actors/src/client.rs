@@ -408,11 +408,10 @@ impl Client {
                 Output::Send(message) => self.tell(Command::Send(connection, message)),
                 Output::Connected(at, way) => self.connected(at, way),
                 Output::Apply { first, changes } => {
-                    let revisions = (first.0..=u64::MAX).map(Revision);
-                    self.follow(revisions.zip(changes), ctx);
+                    self.follow((first.0..=u64::MAX).map(Revision), changes, ctx);
                 }
                 Output::CatchUp { revision, changes } => {
-                    self.follow(std::iter::repeat(revision).zip(changes), ctx);
+                    self.follow(std::iter::repeat(revision), changes, ctx);
                 }
                 Output::CaughtUp(revision) => debug!(%revision, "caught up"),
                 Output::Repair { diff, changes } => self.repair(diff, changes),
@@ -571,17 +570,18 @@ impl Client {
     /// Live changes, or what was missed.
     fn follow(
         &mut self,
-        changes: impl Iterator<Item = (Revision, (Change, Digest))>,
+        revisions: impl Iterator<Item = Revision>,
+        changes: Vec<(Change, Digest)>,
         ctx: &mut Context<Self>,
     ) {
         let before = self.applied;
-        for (revision, (change, digest)) in changes {
-            match self.replica.apply_digested(&change, &digest) {
-                Ok(()) => {
+        for (revision, (change, refused)) in revisions.zip(self.replica.apply_all(changes)) {
+            match refused {
+                None => {
                     self.applied += 1;
                     self.emit(|| Event::Change { change, revision, repair: false });
                 }
-                Err(error) => {
+                Some(error) => {
                     self.refuse(error);
                     if let Some((_, session)) = &mut self.link {
                         session.handle_refused();
@@ -597,11 +597,11 @@ impl Client {
         let at = self.link.as_ref().and_then(|(_, session)| session.stream());
         let revision = at.map_or(Revision::ZERO, |at| at.revision);
         let (mut writes, mut deletes) = (0, 0);
-        for (change, digest) in changes {
-            match self.replica.apply_digested(&change, &digest) {
-                Ok(()) => self.emit(|| Event::Change { change, revision, repair: true }),
-                Err(error) => {
-                    *if digest.entry.is_some() { &mut writes } else { &mut deletes } += 1;
+        for (change, refused) in self.replica.apply_all(changes) {
+            match refused {
+                None => self.emit(|| Event::Change { change, revision, repair: true }),
+                Some(error) => {
+                    *if change.value().is_some() { &mut writes } else { &mut deletes } += 1;
                     self.refuse(error);
                 }
             }

@@ -7,7 +7,7 @@ use crate::change::{Change, Key, Value};
 use crate::position::Digest;
 use crate::store::{Reader, Store, StoreError};
 use crate::table::{apply_to_tree, build};
-use crate::tree::{Entry, Hash, KeyHash, Tree};
+use crate::tree::{Entry, Tree};
 
 /// What the client owns, without the actor.
 ///
@@ -40,17 +40,36 @@ impl Replica {
     /// # Errors
     /// If the store refuses. Both are as they were then.
     pub fn apply(&mut self, change: &Change) -> Result<(), StoreError> {
-        self.apply_digested(change, &Digest::of(change))
+        let digest = Digest::of(change);
+        let change = std::slice::from_ref(change);
+        self.store.apply(change)?;
+        apply_to_tree(&mut self.tree, change, &[digest]);
+        Ok(())
     }
 
-    /// Applies a change whose hashes are known.
-    ///
-    /// # Errors
-    /// If the store refuses. Both are as they were then.
-    pub fn apply_digested(&mut self, change: &Change, digest: &Digest) -> Result<(), StoreError> {
-        self.store.apply(std::slice::from_ref(change))?;
-        apply_to_tree(&mut self.tree, change.key(), digest);
-        Ok(())
+    /// Applies changes in their order, and hands each back with the error if it was refused: of such a one
+    /// neither store nor tree knows. The store gets all of them at once, and one by one if it refuses that.
+    pub fn apply_all(
+        &mut self,
+        changes: Vec<(Change, Digest)>,
+    ) -> impl Iterator<Item = (Change, Option<StoreError>)> + use<> {
+        let (changes, digests): (Vec<Change>, Vec<Digest>) = changes.into_iter().unzip();
+        let mut refused = Vec::new();
+        if self.store.apply(&changes).is_ok() {
+            apply_to_tree(&mut self.tree, &changes, &digests);
+        } else {
+            for (at, (change, digest)) in changes.iter().zip(&digests).enumerate() {
+                let change = std::slice::from_ref(change);
+                match self.store.apply(change) {
+                    Ok(()) => apply_to_tree(&mut self.tree, change, std::slice::from_ref(digest)),
+                    Err(error) => refused.push((at, error)),
+                }
+            }
+        }
+        let mut refused = refused.into_iter().peekable();
+        changes.into_iter().enumerate().map(move |(at, change)| {
+            (change, refused.next_if(|(refused, _)| *refused == at).map(|(_, error)| error))
+        })
     }
 
     /// Puts into the tree what the store holds at this key, whatever the tree said.
@@ -58,9 +77,10 @@ impl Replica {
     /// # Errors
     /// If the store cannot be read.
     pub fn look_up(&mut self, key: &[u8]) -> Result<(), StoreError> {
-        let value = self.reader.get(key)?;
-        let entry = value.map(|value| Hash::of_entry(key, &value));
-        apply_to_tree(&mut self.tree, key, &Digest { key: KeyHash::of(key), entry });
+        match self.reader.get(key)? {
+            Some(value) => self.tree.insert(key, &value),
+            None => self.tree.remove(key),
+        };
         Ok(())
     }
 

@@ -10,7 +10,7 @@ use crate::limits::{CHANGE_OVERHEAD, LimitError, Limits};
 use crate::log::Chunk;
 use crate::position::{Chain, Digest, Epoch, Position, Revision};
 use crate::store::{Reader, Store, StoreError};
-use crate::tree::{Hash, KeyHash, KeyPrefix, Tree};
+use crate::tree::{Entry, Hash, KeyHash, KeyPrefix, Tree};
 use crate::wire::LiveFrame;
 
 /// Single changes are put together into frames of up to about this size: about as much as a
@@ -145,17 +145,15 @@ impl Table {
         if self.open.bytes + bytes > LIVE_FRAME_BYTES.min(self.limits.frame_bytes) {
             self.seal();
         }
-        for change in changes {
-            let digest = Digest::of(change);
-            apply_to_tree(&mut self.tree, change.key(), &digest);
-            if self.epoch.is_some() {
+        let digests: Vec<Digest> = changes.iter().map(Digest::of).collect();
+        apply_to_tree(&mut self.tree, changes, &digests);
+        if self.epoch.is_some() {
+            for (change, digest) in changes.iter().zip(&digests) {
                 self.head = self.head.next();
-                self.chain = self.chain.fold(&digest);
+                self.chain = self.chain.fold(digest);
                 self.open.frame.push(change);
                 self.open.keys.push(digest.key);
             }
-        }
-        if self.epoch.is_some() {
             self.open.bytes += bytes;
         }
         Ok(())
@@ -223,16 +221,16 @@ impl Table {
         };
         let mut bytes = 0;
         while bytes < max_bytes && values.next - from < READ_KEYS {
-            if let Some(key) = found.writes.get(values.next) {
-                let hash = KeyHash::of(key);
-                match self.checked_value(&hash, key) {
+            if let Some(entry) = found.writes.get(values.next) {
+                let (hash, key) = (*entry.key_hash(), entry.key());
+                match self.checked_value(entry) {
                     Ok(Some(value)) => {
                         let size = key.len() + value.len() + CHANGE_OVERHEAD;
                         if bytes > 0 && bytes + size > max_bytes {
                             break;
                         }
                         bytes += size;
-                        values.writes.push((hash, key.clone(), value));
+                        values.writes.push((hash, Key::copy_from_slice(key), value));
                     }
                     Ok(None) => values.changed += 1,
                     Err(()) => values.failed.push(hash),
@@ -251,13 +249,21 @@ impl Table {
         values
     }
 
-    /// The value of a key; `Ok(None)` if the tree has no such key, an error if the store does not
-    /// have what the tree says.
-    fn checked_value(&self, hash: &KeyHash, key: &Key) -> Result<Option<Value>, ()> {
-        let Some(entry) = self.tree.get_hashed(hash, key) else { return Ok(None) };
-        match self.reader.get(key) {
-            Ok(Some(value)) if Hash::of_entry(key, &value) == *entry.hash() => Ok(Some(value)),
-            Ok(_) | Err(_) => Err(()),
+    /// The value of a key that the walk found; `Ok(None)` if the tree has no such key any more, an error if
+    /// the store does not have what the tree says.
+    fn checked_value(&self, found: &Entry) -> Result<Option<Value>, ()> {
+        let value = self.reader.get(found.key()).map_err(|_| ());
+        let hash = value.as_ref().ok().and_then(Option::as_ref);
+        let hash = hash.map(|value| Hash::of_entry(found.key(), value));
+        if hash == Some(*found.hash()) {
+            // Then the tree is not asked, which would be a cache miss or two. Has it another entry by now,
+            // the key was updated, and this value is suppressed.
+            return value;
+        }
+        match self.tree.get_hashed(found.key_hash(), found.key()) {
+            None => Ok(None),
+            Some(now) if hash == Some(*now.hash()) => value,
+            Some(_) => Err(()),
         }
     }
 }
@@ -287,10 +293,14 @@ pub(crate) fn build(
     failed.map_or(Ok(tree), Err)
 }
 
-/// Does to a tree what a change did to its store.
-pub(crate) fn apply_to_tree(tree: &mut Tree, key: &[u8], digest: &Digest) {
-    match digest.entry(key) {
-        Some(entry) => tree.insert_entry(entry),
-        None => tree.remove_hashed(&digest.key, key),
-    };
+/// Does to a tree what changes did to its store.
+pub(crate) fn apply_to_tree(tree: &mut Tree, changes: &[Change], digests: &[Digest]) {
+    let both: Vec<(&Change, &Digest)> = changes.iter().zip(digests).collect();
+    for run in both.chunk_by(|(a, _), (b, _)| a.value().is_some() == b.value().is_some()) {
+        let entries = run.iter().filter_map(|(change, digest)| digest.entry(change.key()));
+        tree.insert_all(entries.collect());
+        for (change, digest) in run.iter().filter(|(_, digest)| digest.entry.is_none()) {
+            tree.remove_hashed(&digest.key, change.key());
+        }
+    }
 }

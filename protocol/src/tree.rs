@@ -100,6 +100,13 @@ impl Tree {
         node::insert(&mut self.top, 0, entry)
     }
 
+    /// Writes entries that are hashed already; of a key that comes twice the last one counts. In a batch
+    /// the nodes near the root are gone through once, and a subtree that is new is built at once.
+    pub fn insert_all(&mut self, mut entries: Vec<Entry>) {
+        build::sort(&mut entries);
+        node::insert_all(&mut self.top, 0, &entries);
+    }
+
     /// Deletes a key; the hash of its entry, `None` if it was absent.
     pub fn remove(&mut self, key: &[u8]) -> Option<Hash> {
         self.remove_hashed(&KeyHash::of(key), key)

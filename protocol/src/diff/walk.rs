@@ -1,10 +1,7 @@
 //! The asking side: one query in flight, one level at a time.
 
-use bytes::Bytes;
-
 use super::answer::cut;
 use super::{Answer, Difference, Query, SMALL, Widths};
-use crate::change::Key;
 use crate::error::ProtocolError;
 use crate::tree::{Entry, Hash, KeyPrefix, LEAF_ENTRIES, Path, Subtree, Tree};
 
@@ -56,7 +53,7 @@ fn small(len: u64) -> u32 {
 ///         Step::Done(difference) => break difference,
 ///     }
 /// };
-/// assert_eq!(difference.writes, [&7_u32.to_be_bytes()[..]]);
+/// assert_eq!(difference.writes[0].key(), 7_u32.to_be_bytes());
 /// assert_eq!(difference.deletes.len(), 1);
 /// ```
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -110,7 +107,7 @@ impl Walk {
         if walk.tree.root() != root {
             if len == 0 {
                 let Self { tree, found, .. } = &mut walk;
-                found.writes.extend(tree.iter().map(key_of));
+                found.writes.extend(tree.iter().cloned());
             } else {
                 walk.asked.push(Path::ROOT);
             }
@@ -163,7 +160,9 @@ impl Walk {
     fn step(&mut self) -> Step {
         let open = self.asked.get(self.answered..).unwrap_or_default();
         let Some(first) = open.first() else {
-            return Step::Done(std::mem::take(&mut self.found));
+            let mut found = std::mem::take(&mut self.found);
+            found.sort();
+            return Step::Done(found);
         };
         let nodes = (self.query_bytes / first.packed().len().max(1)).max(1);
         let asked = open.iter().take(nodes);
@@ -179,10 +178,6 @@ impl Walk {
 
 fn malformed(why: &'static str) -> ProtocolError {
     ProtocolError::Answer { why }
-}
-
-fn key_of(entry: &Entry) -> Key {
-    Bytes::copy_from_slice(entry.key())
 }
 
 /// Compares the hashes of a node's children, `levels` deep, with ours: equal ones are done with,
@@ -204,7 +199,7 @@ fn compare_children(
         let path = path.child(nibble).ok_or(malformed("it is deeper than a hash is long"))?;
         let ours = ours.child(&path);
         if present & (1 << nibble) == 0 {
-            found.writes.extend(ours.iter().map(key_of));
+            found.writes.extend(ours.iter().cloned());
         } else if levels > 1 && path.depth() < Path::MAX_DEPTH {
             compare_children(reader, &path, ours, levels - 1, widths, below, found)?;
         } else {
@@ -240,21 +235,21 @@ fn compare(
         let before =
             |entry: &&Entry| entry.key_hash() < prefix.first() && !prefix.covers(entry.key_hash());
         while let Some(missing) = ours.next_if(|entry| before(entry)) {
-            found.writes.push(key_of(missing));
+            found.writes.push(missing.clone());
         }
         let mut known = false;
         while let Some(entry) = ours.next_if(|entry| prefix.covers(entry.key_hash())) {
             known = true;
             let hash = cut(entry.hash().as_bytes(), widths.entry);
             if group.iter().all(|theirs| theirs.entry != hash) {
-                found.writes.push(key_of(entry));
+                found.writes.push(entry.clone());
             }
         }
         if !known {
             found.deletes.push(*prefix);
         }
     }
-    found.writes.extend(ours.map(key_of));
+    found.writes.extend(ours.cloned());
     Ok(())
 }
 

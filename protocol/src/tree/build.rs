@@ -89,14 +89,25 @@ fn sort_and_build(entries: Vec<Vec<Entry>>, depth: usize) -> Option<Node> {
         // Two hashes agree in 64 bits. Stable, and quick on what is all but sorted.
         sorted.sort_by(|a, b| a.order().cmp(&b.order()));
     }
-    sorted.dedup_by(|later, kept| {
+    keep_last(&mut sorted);
+    (!sorted.is_empty()).then(|| Node::build(&sorted, depth))
+}
+
+/// Brings entries into the order of the trie, one a key: the last.
+pub(super) fn sort(entries: &mut Vec<Entry>) {
+    entries.sort_by(|a, b| a.order().cmp(&b.order()));
+    keep_last(entries);
+}
+
+/// Of the entries of one key, which are together, keeps the last.
+fn keep_last(entries: &mut Vec<Entry>) {
+    entries.dedup_by(|later, kept| {
         let same = later.order() == kept.order();
         if same {
             std::mem::swap(later, kept);
         }
         same
     });
-    (!sorted.is_empty()).then(|| Node::build(&sorted, depth))
 }
 
 /// What `work` makes of each job, in the order of the jobs.

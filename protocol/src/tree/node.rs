@@ -15,7 +15,7 @@ use super::{Hash, KeyHash, Path};
 pub const LEAF_ENTRIES: usize = 32;
 
 /// One key of the table, as the tree knows it: the value stays in the store.
-#[derive(Clone, PartialEq, Eq)]
+#[derive(Clone, PartialEq, Eq, Hash)]
 pub struct Entry {
     pub(super) key_hash: KeyHash,
     pub(super) hash: Hash,
@@ -23,7 +23,7 @@ pub struct Entry {
 }
 
 /// A key of up to 22 bytes lives inside its entry (and so in the leaf's own memory).
-#[derive(Clone, PartialEq, Eq)]
+#[derive(Clone, PartialEq, Eq, Hash)]
 enum StoredKey {
     Short { length: u8, bytes: [u8; 22] },
     Long(Arc<[u8]>),
@@ -269,6 +269,49 @@ pub(super) fn insert(slot: &mut Option<Node>, depth: usize, entry: Entry) -> Opt
             }
         },
     }
+}
+
+/// Puts entries, which are in the order of the trie, below `slot`, a node at `depth`; how many keys are new.
+pub(super) fn insert_all(slot: &mut Option<Node>, depth: usize, entries: &[Entry]) -> usize {
+    if let [entry] = entries {
+        return usize::from(insert(slot, depth, entry.clone()).is_none());
+    }
+    let Some(node) = slot else {
+        *slot = (!entries.is_empty()).then(|| Node::build(entries, depth));
+        return entries.len();
+    };
+    let before = node.len();
+    match &mut node.kind {
+        Kind::Inner(inner) => {
+            let mut left = entries;
+            let inner = Arc::make_mut(inner);
+            while let Some(first) = left.first() {
+                let nibble = first.key_hash.nibble(depth);
+                let here = left.partition_point(|entry| entry.key_hash.nibble(depth) == nibble);
+                let (here, behind) = left.split_at(here);
+                inner.len += insert_all(inner.slot(nibble), depth + 1, here);
+                left = behind;
+            }
+            node.hash.forget();
+        }
+        Kind::Leaf(there) => *node = Node::build(&merge(there, entries), depth),
+    }
+    node.len() - before
+}
+
+/// Both in the order of the trie; of a key in both, the entry of `new`.
+fn merge(old: &[Entry], new: &[Entry]) -> Vec<Entry> {
+    let mut merged = Vec::with_capacity(old.len() + new.len());
+    let mut old = old.iter().peekable();
+    for entry in new {
+        while let Some(before) = old.next_if(|old| old.order() < entry.order()) {
+            merged.push(before.clone());
+        }
+        old.next_if(|old| old.order() == entry.order());
+        merged.push(entry.clone());
+    }
+    merged.extend(old.cloned());
+    merged
 }
 
 /// Takes an entry from below `slot`, a node at `depth`; the hash that the key had.

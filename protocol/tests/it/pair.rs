@@ -786,16 +786,18 @@ impl World {
 
     fn apply(&mut self, index: usize, first: Revision, changes: &[(Change, Digest)]) -> Checked {
         let follower = &mut self.followers[index];
-        for (revision, (change, digest)) in (first.0..).zip(changes) {
+        for (revision, (change, _)) in (first.0..).zip(changes) {
             let now = self.history[revision as usize].get(change.key());
             check(now == change.value(), || {
                 format!("follower {index} is sent {change:?} at {revision}, which was {now:?}")
             })?;
             follower.seen.insert(change.key().clone(), Revision(revision));
             follower.link.as_mut().unwrap().updated.insert(change.key().clone());
-            if follower.replica.apply_digested(change, digest).is_err() {
-                follower.link.as_mut().unwrap().client.handle_refused();
-            }
+        }
+        for _ in
+            follower.replica.apply_all(changes.to_vec()).filter(|(_, refused)| refused.is_some())
+        {
+            follower.link.as_mut().unwrap().client.handle_refused();
         }
         Ok(())
     }
@@ -803,7 +805,7 @@ impl World {
     /// Changes one a key: none is older than what the follower has seen.
     fn catch_up(&mut self, index: usize, changes: &[(Change, Digest)]) -> Checked {
         let follower = &mut self.followers[index];
-        for (change, digest) in changes {
+        for (change, _) in changes {
             let seen = follower.seen.get(change.key()).copied().unwrap_or_default();
             let brought = change.value().map_or(Revision(u64::MAX), written_at);
             check(brought > seen, || {
@@ -812,9 +814,11 @@ impl World {
             if change.value().is_some() {
                 follower.seen.insert(change.key().clone(), brought);
             }
-            if follower.replica.apply_digested(change, digest).is_err() {
-                follower.link.as_mut().unwrap().client.handle_refused();
-            }
+        }
+        for _ in
+            follower.replica.apply_all(changes.to_vec()).filter(|(_, refused)| refused.is_some())
+        {
+            follower.link.as_mut().unwrap().client.handle_refused();
         }
         Ok(())
     }
@@ -824,7 +828,7 @@ impl World {
         let link = follower.link.as_mut().unwrap();
         let here = link.client.stream().unwrap().revision;
         let (mut writes, mut deletes) = (0, 0);
-        for (change, digest) in changes {
+        for (change, _) in changes {
             check(!link.updated.contains(change.key()), || {
                 format!("follower {index}: {change:?} is repaired, and was updated mid-diff")
             })?;
@@ -838,7 +842,9 @@ impl World {
                     format!("follower {index}: {change:?} takes the key back from {seen}")
                 })?;
             }
-            if follower.replica.apply_digested(change, digest).is_err() {
+        }
+        for (change, refused) in follower.replica.apply_all(changes.to_vec()) {
+            if refused.is_some() {
                 *if change.value().is_some() { &mut writes } else { &mut deletes } += 1;
             }
         }

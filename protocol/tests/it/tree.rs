@@ -10,6 +10,7 @@ type Map = BTreeMap<Vec<u8>, Vec<u8>>;
 #[derive(Clone, Debug)]
 enum Step {
     Insert(Vec<u8>, Vec<u8>),
+    InsertAll(Vec<(Vec<u8>, Vec<u8>)>),
     Remove(Vec<u8>),
     Root,
     Snapshot,
@@ -28,6 +29,8 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
     let step = prop_oneof![
         60 => (key(), proptest::collection::vec(any::<u8>(), 0..3))
             .prop_map(|(key, value)| Step::Insert(key, value)),
+        3 => proptest::collection::vec((key(), proptest::collection::vec(any::<u8>(), 0..3)), 0..90)
+            .prop_map(Step::InsertAll),
         40 => key().prop_map(Step::Remove),
         3 => Just(Step::Root),
         3 => Just(Step::Snapshot),
@@ -61,6 +64,10 @@ proptest! {
                     let old = map.insert(key.clone(), value.clone());
                     let hash = old.map(|old| Hash::of_entry(&key, &old));
                     prop_assert_eq!(tree.insert(&key, &value), hash);
+                }
+                Step::InsertAll(entries) => {
+                    tree.insert_all(entries.iter().map(|(k, v)| Entry::new(k, v)).collect());
+                    map.extend(entries);
                 }
                 Step::Remove(key) => {
                     let hash = map.remove(&key).map(|old| Hash::of_entry(&key, &old));

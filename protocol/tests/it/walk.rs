@@ -3,8 +3,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use proptest::prelude::*;
-use tablecast_protocol::Tree;
 use tablecast_protocol::diff::{Difference, Query, Step, Walk, Widths, answer};
+use tablecast_protocol::{Entry, Tree};
 
 type Map = BTreeMap<Vec<u8>, Vec<u8>>;
 
@@ -44,8 +44,8 @@ fn repaired(server: &Map, follower: &Map, tree: &Tree, difference: &Difference) 
             map.remove(entry.key());
         }
     }
-    for key in &difference.writes {
-        map.insert(key.to_vec(), server[&key[..]].clone());
+    for key in difference.writes.iter().map(Entry::key) {
+        map.insert(key.to_vec(), server[key].clone());
     }
     map
 }
@@ -119,9 +119,10 @@ fn check(server: &Map, follower: &Map, full: bool, max_bytes: usize) -> Result<(
         .filter(|(key, value)| follower.get(*key) != Some(value))
         .map(|(key, _)| &key[..])
         .collect();
-    let writes: BTreeSet<&[u8]> = difference.writes.iter().map(|key| &key[..]).collect();
+    let writes: BTreeSet<&[u8]> = difference.writes.iter().map(Entry::key).collect();
     prop_assert_eq!(writes.len(), difference.writes.len(), "a key is named twice");
     prop_assert_eq!(writes, naive);
+    prop_assert!(difference.writes.is_sorted_by_key(Entry::key), "not in the order of the keys");
     let extra = follower.keys().filter(|key| !server.contains_key(*key)).count();
     prop_assert_eq!(difference.deletes.len(), extra);
     Ok(())
