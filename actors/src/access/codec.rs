@@ -25,6 +25,10 @@ pub(crate) const LAST_WORDS: Duration = Duration::from_secs(1);
 /// How often is read before others have their turn, from a peer that is not listened to any more.
 const DRAIN_READS: usize = 8;
 
+/// How often a frame that comes in many parts is read on at once. A long one takes milliseconds, in
+/// which nothing would be written: tokio gives a task 128 calls a turn, and those of reading would be all.
+const READS: usize = 8;
+
 /// How many frames one write takes at most.
 const WRITE_FRAMES: usize = 64;
 
@@ -64,12 +68,13 @@ impl Framed {
         self.codec.set_max_frame_length(bytes);
     }
 
-    /// The payload of the next frame; `Ok(None)` at the end of the stream.
+    /// The payload of the next frame; `Ok(None)` at the end of the stream. Of a long frame only a part is read
+    /// in one call.
     pub(crate) fn poll_frame(
         &mut self,
         cx: &mut Context<'_>,
     ) -> Poll<Result<Option<BytesMut>, AccessError>> {
-        loop {
+        for _ in 0..READS {
             let header = self.inbox.first_chunk().copied();
             match self.codec.decode(&mut self.inbox) {
                 Ok(Some(frame)) => {
@@ -99,6 +104,8 @@ impl Framed {
             self.received += read.len() as u64;
             self.inbox.extend_from_slice(read);
         }
+        cx.waker().wake_by_ref();
+        Poll::Pending
     }
 
     /// Bytes of the frames that have been given out, headers included: of what came, without what is
