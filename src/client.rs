@@ -58,7 +58,7 @@ impl Client {
     ) -> Result<Self, Error> {
         let replica = protocol::Replica::open(store)?;
         let reader = replica.reader();
-        let runtime = Runtime::start(2)?;
+        let runtime = Runtime::start(2, 0)?;
         let [arbiter, connection] = runtime.arbiters() else { return Err(Error::Stopped) };
         let connection = connection.clone();
         let actor = actors::Client::start_in_arbiter(arbiter, move |_| {

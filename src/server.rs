@@ -55,7 +55,7 @@ impl Server {
     pub fn start(config: ServerConfig, store: impl Store) -> Result<Self, Error> {
         let table = protocol::Table::open(store, config.session.limits)?;
         let reader = table.reader();
-        let runtime = Runtime::start(1 + CONNECTION_THREADS + DIFFER_THREADS)?;
+        let runtime = Runtime::start(1 + CONNECTION_THREADS + DIFFER_THREADS, DIFFER_THREADS)?;
         let [server, others @ ..] = runtime.arbiters() else { return Err(Error::Stopped) };
         let (connections, differs) = others.split_at(CONNECTION_THREADS);
         let arbiters = Arbiters {
