@@ -250,6 +250,21 @@ struct Running {
     /// At `SyncDone`.
     traffic: Traffic,
     waiting: Vec<oneshot::Sender<DiffOutcome>>,
+    _snapshot: Snapshot,
+}
+
+/// What is compared, kept until the session has done with it and then dropped away from everything else: that
+/// costs as much as was changed meanwhile.
+#[derive(Debug)]
+struct Snapshot(Tree);
+
+impl Drop for Snapshot {
+    fn drop(&mut self) {
+        let tree = std::mem::take(&mut self.0);
+        if let Ok(runtime) = tokio::runtime::Handle::try_current() {
+            runtime.spawn_blocking(move || drop(tree));
+        }
+    }
 }
 
 /// The actor.
@@ -597,6 +612,7 @@ impl Client {
         let at = self.link.as_ref().and_then(|(_, session)| session.stream());
         let revision = at.map_or(Revision::ZERO, |at| at.revision);
         let (mut writes, mut deletes) = (0, 0);
+        let since = Instant::now();
         for (change, refused) in self.replica.apply_all(changes) {
             match refused {
                 None => self.emit(|| Event::Change { change, revision, repair: true }),
@@ -607,7 +623,7 @@ impl Client {
             }
         }
         if let Some((_, session)) = &mut self.link {
-            session.handle_repaired(diff, writes, deletes);
+            session.handle_repaired(diff, writes, deletes, since.elapsed());
         }
     }
 
@@ -641,7 +657,7 @@ impl Client {
         let tree = self.replica.tree().clone();
         let guard = self.config.mass_delete.filter(|_| !self.allowed);
         let max_deletes = guard.map_or(u64::MAX, |guard| guard.max_deletes(tree.len()));
-        session.handle_diff(tree, full, max_deletes)?;
+        session.handle_diff(tree.clone(), full, max_deletes)?;
         let at = session.stream();
         self.refusal = None;
         self.running = Some(Running {
@@ -652,6 +668,7 @@ impl Client {
             progress: Progress::default(),
             traffic: Traffic::default(),
             waiting: std::mem::take(&mut self.next),
+            _snapshot: Snapshot(tree),
         });
         Ok(())
     }

@@ -867,8 +867,15 @@ impl Session {
         }
     }
 
-    /// The repairs of [`Output::Repair`] have been applied, but for those that the store refused.
-    pub fn handle_repaired(&mut self, diff: DiffId, refused_writes: u32, refused_deletes: u32) {
+    /// The repairs of [`Output::Repair`] have been applied, but for those that the store refused, and took so
+    /// long.
+    pub fn handle_repaired(
+        &mut self,
+        diff: DiffId,
+        refused_writes: u32,
+        refused_deletes: u32,
+        took: Duration,
+    ) {
         if matches!(self.state, State::Hello | State::Closed) {
             return;
         }
@@ -882,7 +889,8 @@ impl Session {
             at.counts.failed += u64::from(failed);
             self.outputs.push_back(Output::Progress(at.progress(DiffPhase::Repair)));
         }
-        self.outputs.push_back(Output::Send(ToServer::RepairAck { diff, failed }));
+        let micros = u32::try_from(took.as_micros()).unwrap_or(u32::MAX);
+        self.outputs.push_back(Output::Send(ToServer::RepairAck { diff, failed, micros }));
     }
 
     /// The store refused a live change of [`Output::Apply`]: the table is not whole until a diff.

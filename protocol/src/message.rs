@@ -144,6 +144,8 @@ messages! {
             diff: DiffId,
             /// How many of its keys my store refused.
             failed: u32,
+            /// How long applying it took, in microseconds: what a live change behind it had to wait.
+            micros: u32,
         }
         /// My root at the mark that a `Verify` named.
         4 Verified {

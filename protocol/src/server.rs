@@ -81,8 +81,8 @@ use crate::{Change, limits};
 pub struct SessionConfig {
     /// Largest things.
     pub limits: Limits,
-    /// About how many bytes of repairs go between two looks at the live stream: 64 KiB, about what
-    /// a socket takes at once.
+    /// About how many bytes of repairs go between two looks at the live stream: up to 64 KiB, about what
+    /// a socket takes at once, and less while the follower takes long to apply them.
     pub repair_bytes: usize,
     /// Most repairs sent and not acknowledged: 2, so that one is on its way while one is applied,
     /// and no megabytes of them stand in a socket's buffer before a live change.
@@ -125,8 +125,16 @@ pub(crate) const MAX_CONTROL: usize = 16;
 /// the least, and what ends the catch-up is of 41.
 const WORTH_SHORTENING: u64 = 14;
 
-/// How large the first repair of a diff is at most. Each next one may be twice as large.
+/// How large the first repair of a diff is at most, so that the follower has something to apply while more is
+/// read, and the smallest to which a slow follower brings it.
 const FIRST_REPAIR_BYTES: usize = 8 << 10;
+const LEAST_REPAIR_BYTES: usize = 4 << 10;
+
+/// How long a follower may take to apply a repair before the next ones are smaller. What is written
+/// meanwhile waits for as many of them as are on their way. This is what is known of delay-based
+/// congestion control (LEDBAT, RFC 6817: data that can wait gives way by the delay that it
+/// causes); but the follower tells its time, so that a long line is not taken for a slow follower.
+const REPAIR_TIME: Duration = Duration::from_micros(300);
 
 /// Most checkpoints that are not answered; then no further ones are marked.
 const MAX_CHECKING: usize = 8;
@@ -248,14 +256,25 @@ struct Repair {
     found: Arc<Difference>,
     /// Where the next reading begins.
     next: usize,
-    /// How many readings there were.
-    readings: u32,
+    /// How large the next one is.
+    max_bytes: usize,
     /// Read, and waiting for its turn; `None` while a reading is under way.
     ready: Option<Values>,
     /// The head when the last repair ended: live changes up to here go first.
     turn: Revision,
     suppressed: u64,
     failed: BTreeSet<KeyHash>,
+}
+
+impl Repair {
+    /// One took so long.
+    fn applied(&mut self, took: Duration, most: usize) {
+        if took > REPAIR_TIME {
+            self.max_bytes = LEAST_REPAIR_BYTES.max(self.max_bytes / 2);
+        } else if took < REPAIR_TIME / 2 {
+            self.max_bytes = most.min(self.max_bytes * 2);
+        }
+    }
 }
 
 /// What the actor must do.
@@ -528,9 +547,14 @@ impl Session {
             (_, ToServer::RepairAck { diff, .. }) if diff != self.last_diff => {
                 return Err(unexpected);
             }
-            (state, ToServer::RepairAck { .. }) => {
+            (mut state, ToServer::RepairAck { micros, .. }) => {
                 self.unacknowledged = self.unacknowledged.checked_sub(1).ok_or(unexpected)?;
                 self.progress += 1;
+                if let State::Diff(at) = &mut state
+                    && let Phase::Repair(repair) = &mut at.phase
+                {
+                    repair.applied(Duration::from_micros(micros.into()), self.config.repair_bytes);
+                }
                 state
             }
             // Who asks for a diff has done with comparing.
@@ -702,7 +726,7 @@ impl Session {
                 at.phase = Phase::Repair(Repair {
                     found: Arc::new(found),
                     next: 0,
-                    readings: 0,
+                    max_bytes: FIRST_REPAIR_BYTES,
                     ready: None,
                     turn,
                     suppressed: 0,
@@ -1068,9 +1092,7 @@ impl Session {
         let Phase::Repair(repair) = &mut at.phase else { return };
         if repair.next < repair.found.len() {
             let (found, from) = (Arc::clone(&repair.found), repair.next);
-            // The first ones are small, so that the follower has something to apply while more is read.
-            let max_bytes = most.min(FIRST_REPAIR_BYTES << repair.readings.min(16));
-            repair.readings += 1;
+            let max_bytes = repair.max_bytes.min(most);
             self.events.push_back(Event::Read { diff, found, from, max_bytes });
         } else {
             // A value that could not be read is no loss if a live change of its key came by.

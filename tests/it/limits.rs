@@ -68,7 +68,7 @@ async fn garbage_and_oversized_frames_end_their_own_connection() {
     assert_eq!(text, "frame of 4294967295 bytes is above the limit of 9437184");
 
     let mut stream = hello(address).await;
-    let never = ToServer::RepairAck { diff: Default::default(), failed: 0 };
+    let never = ToServer::RepairAck { diff: Default::default(), failed: 0, micros: 0 };
     stream.write_all(&wire::encode(&never)).await.unwrap();
     let (reason, text) = last_words(&mut stream).await;
     assert_eq!(reason, Reason::Protocol);

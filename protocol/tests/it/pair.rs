@@ -848,7 +848,7 @@ impl World {
                 *if change.value().is_some() { &mut writes } else { &mut deletes } += 1;
             }
         }
-        link.client.handle_repaired(diff, writes, deletes);
+        link.client.handle_repaired(diff, writes, deletes, Duration::ZERO);
         Ok(())
     }
 

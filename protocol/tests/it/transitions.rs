@@ -306,7 +306,7 @@ fn to_server(message: &str) -> ToServer {
         "Hello" => ToServer::hello("", &Limits::default(), None),
         "SyncReq" => sync_req(DiffId(3)),
         "SyncResponse" => ToServer::SyncResponse { diff: DIFF, answer: Raw(an_answer()) },
-        "RepairAck" => ToServer::RepairAck { diff: DIFF, failed: 0 },
+        "RepairAck" => ToServer::RepairAck { diff: DIFF, failed: 0, micros: 0 },
         "Verified" => ToServer::Verified { revision: Revision::ZERO, root: server_tree().root() },
         "Ping" => ToServer::Ping {},
         "Pong" => ToServer::Pong {},
@@ -383,7 +383,7 @@ fn server_closes(stage: &str, message: ToServer) -> String {
 
 #[test]
 fn the_server_closes_on_an_acknowledgement_of_nothing() {
-    let ack = || ToServer::RepairAck { diff: DIFF, failed: 0 };
+    let ack = || ToServer::RepairAck { diff: DIFF, failed: 0, micros: 0 };
     assert_eq!(server_closes("relay", ack()), "RepairAck must not come in state Relay");
     let mut end = server_stage("done");
     end.message(ack());
@@ -394,7 +394,7 @@ fn the_server_closes_on_an_acknowledgement_of_nothing() {
 
 #[test]
 fn the_server_closes_on_an_acknowledgement_of_another_diff() {
-    let ack = |diff| ToServer::RepairAck { diff, failed: 0 };
+    let ack = |diff| ToServer::RepairAck { diff, failed: 0, micros: 0 };
     for stage in ["repaired", "done", "verifying", "verified"] {
         server_closes(stage, ack(DiffId(0)));
         server_closes(stage, ack(NEXT_DIFF));
@@ -807,7 +807,7 @@ fn client_stages() -> Vec<(&'static str, ClientEnd)> {
     let [Output::Repair { changes, .. }] = &end.outputs[..] else { panic!() };
     let changes: Vec<_> = changes.iter().map(|(change, _)| change.clone()).collect();
     assert_eq!(changes, [Change::write("b", "2"), Change::delete("c")]);
-    end.act(|session| session.handle_repaired(DIFF, 0, 0));
+    end.act(|session| session.handle_repaired(DIFF, 0, 0, Duration::ZERO));
     assert_eq!(end.outputs, [Output::Send(to_server("RepairAck"))]);
     stages.push(("repaired", end.clone()));
 
@@ -1160,13 +1160,16 @@ fn a_repair_that_failed_leaves_no_position() {
     let mut end = client_stage("announced");
     end.message(to_client("Repair", &end.clone()));
     let mut late = end.clone();
-    end.act(|session| session.handle_repaired(DIFF, 1, 0));
-    assert_eq!(end.outputs, [Output::Send(ToServer::RepairAck { diff: DIFF, failed: 1 })]);
+    end.act(|session| session.handle_repaired(DIFF, 1, 0, Duration::ZERO));
+    assert_eq!(
+        end.outputs,
+        [Output::Send(ToServer::RepairAck { diff: DIFF, failed: 1, micros: 0 })]
+    );
     end.message(to_client("SyncDone", &end.clone()));
     assert_eq!((end.session.state(), end.session.position()), ("Relay", None));
 
     late.message(to_client("SyncDone", &late.clone()));
-    late.act(|session| session.handle_repaired(DIFF, 0, 1));
+    late.act(|session| session.handle_repaired(DIFF, 0, 1, Duration::ZERO));
     assert_eq!((late.session.state(), late.session.position()), ("Relay", None));
 
     let mut end = client_stage("repaired");
@@ -1211,7 +1214,7 @@ fn a_diff_says_how_far_it_is() {
     // What a store refuses is done with, too; what is left out does not count.
     end.message(repair(vec![Change::write("b", "2")], 6, &prefix_of("c")));
     assert_eq!(end.progress, []);
-    end.act(|session| session.handle_repaired(DIFF, 1, 0));
+    end.act(|session| session.handle_repaired(DIFF, 1, 0, Duration::ZERO));
     assert_eq!(end.progress, progress(Repair, 1, 2, 4));
     let (revision, chain) = (START, end.tag());
     end.message(ToClient::SyncDone { diff: DIFF, revision, chain, suppressed: 1, failed: 1 });
@@ -1220,7 +1223,7 @@ fn a_diff_says_how_far_it_is() {
     let mut end = client_stage("announced");
     end.message(to_client("Repair", &end.clone()));
     end.message(to_client("SyncDone", &end.clone()));
-    end.act(|session| session.handle_repaired(DIFF, 0, 0));
+    end.act(|session| session.handle_repaired(DIFF, 0, 0, Duration::ZERO));
     assert_eq!(end.progress, []);
     // Live changes are no part of it, and neither is the end of one that is aborted.
     for message in ["Live", "SyncAbort"] {
@@ -1892,7 +1895,7 @@ fn the_client_closes_on_prefixes_that_hit_more_keys_than_allowed() {
         together.message(repair(vec![], 1, &[1, 2]));
         let mut apart = announced(&tree, allowed, 0, 2);
         apart.message(prefix(1));
-        apart.act(|session| session.handle_repaired(DIFF, 0, 0));
+        apart.act(|session| session.handle_repaired(DIFF, 0, 0, Duration::ZERO));
         apart.message(prefix(2));
         for end in [together, apart] {
             if closes {
@@ -1972,6 +1975,30 @@ fn repairs_hold_what_a_frame_does() {
     }
     assert_eq!((writes, deletes), (200, 200));
     assert_eq!(end.events, [Event::Mark(DIFF)]);
+}
+
+#[test]
+fn repairs_are_as_small_as_the_follower_is_slow() {
+    let entries = (0..3000_u16).map(|n| (n.to_be_bytes().to_vec().into(), vec![0; 1000].into()));
+    let mut table = Table::open(entries.collect::<MemoryStore>(), Limits::default()).unwrap();
+    table.ready(epoch());
+    let mut end = server_stage("walk");
+    let (_, step) = Walk::new(table.tree().clone(), Tree::new().root(), 0, false, 1 << 20);
+    end.act(|session| session.handle_step(DIFF, step));
+    let mut sizes = Vec::new();
+    for micros in [100, 100, 100, 100, 200, 400, 301, u32::MAX, 400, 400, 0] {
+        let [Event::Read { found, from, max_bytes, .. }] = &end.events[..] else {
+            panic!("{:?}", end.events)
+        };
+        sizes.push(max_bytes >> 10);
+        let values = table.read(found, *from, *max_bytes);
+        end.act(|session| session.handle_values(DIFF, values));
+        // The next reading is asked for as this one goes out, so an answer is for the one behind it.
+        let next = std::mem::take(&mut end.events);
+        end.message(ToServer::RepairAck { diff: DIFF, failed: 0, micros });
+        end.events = next;
+    }
+    assert_eq!(sizes, [8, 8, 16, 32, 64, 64, 64, 32, 16, 8, 4]);
 }
 
 #[test]

@@ -134,7 +134,7 @@ fn messages_to_the_server() {
             let answer = answer(&numbered(40), &node_query(), 1 << 20).unwrap();
             ToServer::SyncResponse { diff, answer: Raw(answer) }
         }),
-        ("", ToServer::RepairAck { diff, failed: 0 }),
+        ("", ToServer::RepairAck { diff, failed: 0, micros: 250 }),
         ("", ToServer::Verified { revision: Revision(70_000), root: hash(0x40) }),
         ("", ToServer::Ping {}),
         ("", ToServer::Pong {}),

@@ -72,7 +72,11 @@ fn to_server() -> impl Strategy<Value = ToServer> {
         ),
         (diff.clone(), bytes())
             .prop_map(|(diff, answer)| ToServer::SyncResponse { diff, answer: Raw(answer) }),
-        (diff, any::<u32>()).prop_map(|(diff, failed)| ToServer::RepairAck { diff, failed }),
+        (diff, any::<u32>(), any::<u32>()).prop_map(|(diff, failed, micros)| ToServer::RepairAck {
+            diff,
+            failed,
+            micros
+        }),
         (any::<u64>(), hash())
             .prop_map(|(revision, root)| ToServer::Verified { revision: Revision(revision), root }),
         Just(ToServer::Ping {}),
