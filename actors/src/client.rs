@@ -14,7 +14,7 @@
 //! | [`GetStatus`], [`Subscribe`] | what is asked for | user |
 //! | [`ContinueFrom`], [`AllowMassDelete`] | at once | user |
 //! | [`Stop`] | where the table stood, when the connection has been told farewell | user |
-//! | `LinkUp`, `LinkDown`, `Received`, `Heard`, `Malformed` | | Middleman |
+//! | `LinkUp`, `LinkDown`, `Unreached`, `Received`, `Heard`, `Malformed` | | Middleman |
 
 pub(crate) mod backoff;
 pub mod middleman;
@@ -185,6 +185,11 @@ pub(crate) struct Traffic {
     pub(crate) received: u64,
 }
 
+/// An attempt to connect failed.
+#[derive(Debug, Message)]
+#[rtype(result = "()")]
+pub(crate) struct Unreached(pub(crate) String);
+
 /// A message came.
 #[derive(Debug, Message)]
 #[rtype(result = "()")]
@@ -282,6 +287,8 @@ pub struct Client {
     /// Where the table stood when the last connection ended; `None` if something was missing, or has
     /// been changed beside the server since the last diff began.
     position: Option<Position>,
+    /// Why there is no connection.
+    disconnected: Option<String>,
     /// The table was changed beside the server since the last diff began.
     changed: bool,
     /// What the sessions' time is counted from.
@@ -333,6 +340,7 @@ impl Client {
             restarts: Backoff::new(config.backoff_min, config.backoff_max),
             link: None,
             position: None,
+            disconnected: None,
             changed: false,
             born: Instant::now(),
             timer: None,
@@ -862,6 +870,7 @@ impl Client {
             name: self.config.name.clone(),
             server: self.access.address(),
             connected: stream.is_some(),
+            disconnected: self.disconnected.clone().filter(|_| stream.is_none()),
             state: session.map_or("Disconnected", Session::state).into(),
             health,
             way: self.way,
@@ -912,6 +921,7 @@ impl Client {
         if session.stream().is_some() {
             info!(reason, "disconnected");
         }
+        self.disconnected = Some(reason.clone());
         self.emit(|| Event::Disconnected(reason));
     }
 
@@ -1113,6 +1123,14 @@ impl Handler<LinkDown> for Client {
         if self.session(connection).is_some() {
             self.unlink(reason, ctx);
         }
+    }
+}
+
+impl Handler<Unreached> for Client {
+    type Result = ();
+
+    fn handle(&mut self, Unreached(reason): Unreached, _: &mut Context<Self>) {
+        self.disconnected = Some(reason);
     }
 }
 

@@ -103,6 +103,9 @@ pub struct ClientStatus {
     pub server: String,
     /// The handshake is through.
     pub connected: bool,
+    /// Why it is not: how the last connection ended, or how the last attempt failed. `None` if it is, or nothing
+    /// has failed yet.
+    pub disconnected: Option<String>,
     /// The session's state; `Disconnected` without one.
     pub state: Cow<'static, str>,
     /// Whether the table can be relied on.

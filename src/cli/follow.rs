@@ -34,8 +34,8 @@ enum Left {
     Done { equal: bool },
     /// `--once`: the repair is held.
     Held,
-    /// `--once`: not in time.
-    TooLate,
+    /// `--once`: not in time; why there was no connection.
+    TooLate(Option<String>),
     /// A signal.
     Told,
     /// Nobody reads what is printed.
@@ -66,7 +66,9 @@ pub(super) async fn run(args: &Follow, output: &Output) -> Result<ExitCode, Fail
     let left = tokio::select! {
         left = follower.follow(events) => left,
         () = signals.recv() => Ok(Left::Told),
-        () = tokio::time::sleep(args.timeout), if args.once => Ok(Left::TooLate),
+        () = tokio::time::sleep(args.timeout), if args.once => {
+            client.status().await.map(|status| Left::TooLate(status.disconnected))
+        }
     };
     drop(follower);
     if let Some(http) = http {
@@ -115,9 +117,10 @@ async fn position(args: &Follow, store: &MemoryStore, output: &Output) -> Option
 fn verdict(args: &Follow, left: &Left) -> Result<ExitCode, Failure> {
     match left {
         Left::Done { equal: false } | Left::Held => Ok(ExitCode::FAILURE),
-        Left::TooLate => {
+        Left::TooLate(why) => {
             let Follow { connect, timeout, .. } = args;
-            Err(Failure::Work(anyhow!("no diff with {connect} was done within {timeout:?}")))
+            let why = why.as_ref().map_or(String::new(), |why| format!(": {why}"));
+            Err(Failure::Work(anyhow!("no diff with {connect} was done within {timeout:?}{why}")))
         }
         Left::Told if args.once => {
             Err(Failure::Work(anyhow!("told to end before a diff with {} was done", args.connect)))

@@ -82,6 +82,12 @@ pub(super) async fn run(args: &Verify, output: &Output) -> Result<ExitCode, Fail
         () = signals.recv() => Err(anyhow!("told to end before the tables were compared")),
         () = tokio::time::sleep(args.timeout) => Err(anyhow!("not compared within {:?}", args.timeout)),
     };
+    if report.is_err()
+        && let Ok(status) = client.status().await
+        && let Some(reason) = status.disconnected
+    {
+        compared.trouble = Some(reason);
+    }
     // It is of no consequence here if the farewell does not get through.
     tokio::time::timeout(STOP_TIMEOUT, client.stop()).await.ok();
     let report = report.map_err(|error| match &compared.trouble {

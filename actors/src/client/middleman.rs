@@ -17,7 +17,9 @@ use tokio::time::Instant;
 use tracing::{debug, info, warn};
 
 use super::backoff::Backoff;
-use super::{Client, Heard, LinkDown, LinkUp, Malformed, MiddlemanFailed, Received, Traffic};
+use super::{
+    Client, Heard, LinkDown, LinkUp, Malformed, MiddlemanFailed, Received, Traffic, Unreached,
+};
 use crate::access::codec::{Framed, LAST_WORDS};
 use crate::access::{Access, Stream};
 use crate::config::ClientConfig;
@@ -91,10 +93,10 @@ impl Middleman {
             match result {
                 _ if middleman.stopping => {}
                 Ok(Ok(stream)) => middleman.up(stream),
-                Ok(Err(error)) => middleman.retry(&error.into(), ctx),
+                Ok(Err(error)) => middleman.unreached(&error.into(), ctx),
                 Err(_) => {
                     let seconds = limit.as_secs_f32();
-                    middleman.retry(&AccessError::Timeout { what, seconds }, ctx);
+                    middleman.unreached(&AccessError::Timeout { what, seconds }, ctx);
                 }
             }
         }));
@@ -132,6 +134,12 @@ impl Middleman {
                 self.retry(error, ctx);
             }
         }
+    }
+
+    /// There was no connection at all.
+    fn unreached(&mut self, error: &AccessError, ctx: &mut Context<Self>) {
+        self.client.do_send(Unreached(error.to_string()));
+        self.retry(error, ctx);
     }
 
     fn retry(&mut self, error: &AccessError, ctx: &mut Context<Self>) {
