@@ -11,6 +11,8 @@ pub mod tcp;
 use std::fmt;
 use std::io;
 
+use bytes::Bytes;
+use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
 use tokio::io::{AsyncRead, AsyncWrite};
 
@@ -37,11 +39,14 @@ pub trait Listener: Send + 'static {
     fn address(&self) -> String;
 }
 
+/// What a stream has become, and the certificate that the follower has shown, DER.
+pub type Handshaken = (Box<dyn Stream>, Option<Bytes>);
+
 /// A connection that was accepted, and is opened on the thread that is going to serve it.
 pub struct Incoming {
     /// Who, for logs.
     pub peer: String,
-    open: Box<dyn FnOnce() -> io::Result<Box<dyn Stream>> + Send>,
+    open: Box<dyn FnOnce() -> BoxFuture<'static, io::Result<Handshaken>> + Send>,
 }
 
 impl Incoming {
@@ -50,12 +55,28 @@ impl Incoming {
         peer: String,
         open: impl FnOnce() -> io::Result<Box<dyn Stream>> + Send + 'static,
     ) -> Self {
+        let open = || async { Ok((open()?, None)) }.boxed();
         Self { peer, open: Box::new(open) }
     }
 
+    /// The same connection with a handshake ahead of what is served. The handshake may take as long as
+    /// [`ServerConfig::handshake_timeout`](crate::ServerConfig::handshake_timeout), and holds up nobody else.
+    #[must_use]
+    pub fn with_handshake<F>(
+        self,
+        handshake: impl FnOnce(Box<dyn Stream>) -> F + Send + 'static,
+    ) -> Self
+    where
+        F: Future<Output = io::Result<Handshaken>> + Send + 'static,
+    {
+        let before = self.open;
+        let open = || async { handshake(before().await?.0).await }.boxed();
+        Self { peer: self.peer, open: Box::new(open) }
+    }
+
     /// Opens it, on the thread that serves it.
-    pub(crate) fn open(self) -> io::Result<Box<dyn Stream>> {
-        (self.open)()
+    pub(crate) async fn open(self) -> io::Result<Handshaken> {
+        (self.open)().await
     }
 }
 

@@ -22,9 +22,11 @@ pub struct ServerConfig {
     pub verify_every: Option<Duration>,
     /// How many followers there are at most: 10,000. One more is refused as `Full`.
     pub followers: usize,
-    /// How many connections may be open beside those of followers: 1,000. One more is closed as it comes.
+    /// How many connections may be on their way to become followers, their TLS handshake included: 1,000,
+    /// one at the least. The next ones wait in the listener's queue.
     pub strangers: usize,
-    /// How long a connection may take to say who it is: 10 s. Then it is closed.
+    /// How long a connection may take to say who it is, its TLS handshake included: 10 s. Then it is
+    /// closed.
     pub handshake_timeout: Duration,
     /// How long a follower's socket may take nothing while something is to be sent: 30 s. Then it is
     /// closed. Looked at as often, so up to twice as long passes.

@@ -1,7 +1,7 @@
 //! Bad input ends its own connection, with a reason, and nothing else.
 
 use std::net::SocketAddr;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tablecast::{Change, Limits, MemoryStore, ServerConfig, Value};
 use tablecast_actors::protocol::{Reason, ToClient, ToServer, wire};
@@ -10,14 +10,14 @@ use tokio::net::TcpStream;
 
 use crate::harness::{LONG, assert_converges, connect, filled, follower, serve, within};
 
-async fn read_message(stream: &mut TcpStream) -> Option<ToClient> {
+pub async fn read_message(stream: &mut TcpStream) -> Option<ToClient> {
     let length = within(stream.read_u32()).await.ok()?;
     let mut payload = vec![0; length as usize];
     within(stream.read_exact(&mut payload)).await.ok()?;
     Some(wire::decode(&payload, &Limits::default()).unwrap())
 }
 
-async fn hello(address: SocketAddr) -> TcpStream {
+pub async fn hello(address: SocketAddr) -> TcpStream {
     let mut stream = TcpStream::connect(address).await.unwrap();
     let hello = wire::encode(&ToServer::hello("raw", &Limits::default(), None));
     stream.write_all(&hello).await.unwrap();
@@ -27,7 +27,7 @@ async fn hello(address: SocketAddr) -> TcpStream {
 }
 
 /// What the server says last, then the end of the stream.
-async fn last_words(stream: &mut TcpStream) -> (Reason, String) {
+pub async fn last_words(stream: &mut TcpStream) -> (Reason, String) {
     let said = match read_message(stream).await.unwrap() {
         ToClient::Refuse { reason, text } | ToClient::Farewell { reason, text } => (reason, text),
         other => panic!("{other:?}"),
@@ -167,4 +167,23 @@ async fn a_follower_that_accepts_less_is_refused() {
     let (reason, text) = last_words(&mut stream).await;
     assert_eq!(reason, Reason::Limits);
     assert!(text.contains("1000") && text.contains("8388608"), "{text}");
+}
+
+#[actix_rt::test]
+async fn no_more_strangers_than_allowed() {
+    let limit = Duration::from_millis(300);
+    let config = ServerConfig { strangers: 1, handshake_timeout: limit, ..ServerConfig::default() };
+    let (_server, address) = serve(config, filled(10)).await;
+    let hello = wire::encode(&ToServer::hello("raw", &Limits::default(), None));
+    // A follower is no stranger.
+    let mut follower = TcpStream::connect(address).await.unwrap();
+    follower.write_all(&hello).await.unwrap();
+    assert!(matches!(read_message(&mut follower).await, Some(ToClient::Welcome { .. })));
+    let since = Instant::now();
+    let mut silent = TcpStream::connect(address).await.unwrap();
+    let mut next = TcpStream::connect(address).await.unwrap();
+    next.write_all(&hello).await.unwrap();
+    assert!(matches!(read_message(&mut next).await, Some(ToClient::Welcome { .. })));
+    assert!(since.elapsed() >= limit, "it was let in beside the other");
+    assert_eq!(last_words(&mut silent).await.0, Reason::Silent);
 }

@@ -7,12 +7,13 @@ use std::time::Duration;
 use actix::prelude::*;
 use actix_rt::ArbiterHandle;
 use tablecast_protocol::{FollowerId, Table};
-use tokio::sync::Semaphore;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
-use tracing::{debug, warn};
+use tracing::{debug, info, warn};
 
-use super::middleman::{Middleman, Shared};
+use super::middleman::{Middleman, Shared, Stranger};
 use super::{Await, Server};
 use crate::access::{Incoming, Listener};
 use crate::config::ServerConfig;
@@ -42,6 +43,8 @@ pub struct Endpoint {
     shared: Shared,
     connections: Arc<[ArbiterHandle]>,
     next: Arc<AtomicU64>,
+    /// Places for connections that are not subscribed yet.
+    strangers: Arc<Semaphore>,
     listeners: TaskTracker,
 }
 
@@ -71,6 +74,7 @@ impl Endpoint {
         let server = Server::new(table, config.clone());
         let log = server.log();
         let server = Server::start_in_arbiter(&arbiters.server, move |_| server);
+        let strangers = config.strangers.clamp(1, Semaphore::MAX_PERMITS);
         let differs = arbiters.differs.as_slice().into();
         let shared = Shared {
             config: Arc::new(config),
@@ -79,13 +83,13 @@ impl Endpoint {
             differs,
             shortening: Arc::new(Semaphore::new(SHORTENING)),
             stopping: CancellationToken::new(),
-            open: Arc::default(),
         };
         Self {
             server,
             shared,
             connections: arbiters.connections.as_slice().into(),
             next: Arc::new(AtomicU64::new(1)),
+            strangers: Arc::new(Semaphore::new(strangers)),
             listeners: TaskTracker::new(),
         }
     }
@@ -123,10 +127,16 @@ impl Endpoint {
         }
         loop {
             match listener.accept().await {
-                Ok(incoming) if self.shared.open.load(Ordering::Relaxed) >= self.most() => {
-                    warn!(peer = incoming.peer, limit = self.most(), "too many connections");
+                Ok(incoming) => {
+                    if self.strangers.available_permits() == 0 {
+                        debug!(peer = incoming.peer, "waits for others to say who they are");
+                    }
+                    // It is never closed.
+                    let Ok(place) = Arc::clone(&self.strangers).acquire_owned().await else {
+                        return;
+                    };
+                    self.serve(incoming, place);
                 }
-                Ok(incoming) => self.serve(incoming),
                 Err(error) => {
                     warn!(address = listener.address(), %error, "cannot accept");
                     tokio::time::sleep(ACCEPT_PAUSE).await;
@@ -135,25 +145,28 @@ impl Endpoint {
         }
     }
 
-    /// How many connections there may be, those that have not said Hello included.
-    fn most(&self) -> usize {
-        self.shared.config.followers.saturating_add(self.shared.config.strangers)
-    }
-
-    fn serve(&self, incoming: Incoming) {
+    fn serve(&self, incoming: Incoming, place: OwnedSemaphorePermit) {
         let number = self.next.fetch_add(1, Ordering::Relaxed);
         let arbiters = &self.connections;
         let index = usize::try_from(number).unwrap_or(0) % arbiters.len().max(1);
         let Some(arbiter) = arbiters.get(index) else { return };
         let shared = self.shared.clone();
-        arbiter.spawn_fn(move || {
+        let until = Instant::now() + shared.config.handshake_timeout;
+        arbiter.spawn(async move {
             let address = incoming.peer.clone();
             debug!(follower = number, address, "connected");
-            match incoming.open() {
-                Ok(stream) => {
-                    Middleman::new(shared, FollowerId(number), stream, address).start();
+            let opened = tokio::select! {
+                biased;
+                () = shared.stopping.cancelled() => return,
+                opened = tokio::time::timeout_at(until, incoming.open()) => opened,
+            };
+            match opened {
+                Ok(Ok((stream, _certificate))) => {
+                    let stranger = Stranger { address, until, _place: place };
+                    Middleman::new(shared, FollowerId(number), stream, stranger).start();
                 }
-                Err(error) => warn!(address, %error, "cannot open the connection"),
+                Ok(Err(error)) => info!(address, %error, "no handshake"),
+                Err(_) => info!(address, "no handshake in time"),
             }
         });
     }

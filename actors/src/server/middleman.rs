@@ -11,7 +11,7 @@
 
 use std::fmt;
 use std::pin::Pin;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{self, Poll};
 use std::time::Duration;
@@ -24,7 +24,7 @@ use tablecast_protocol::{
     AbortReason, DiffId, FollowerId, Hash, Missed, Position, ProtocolError, Reason, Revision,
     Shortened, ToServer, Tree, Values, Way, wire,
 };
-use tokio::sync::Semaphore;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, info, warn};
@@ -89,8 +89,15 @@ pub(crate) struct Shared {
     pub(crate) stopping: CancellationToken,
     /// Places for followers of which it is found out what counts of what they missed.
     pub(crate) shortening: Arc<Semaphore>,
-    /// How many connections there are, strangers included.
-    pub(crate) open: Arc<AtomicUsize>,
+}
+
+/// What is known of a connection that is not subscribed.
+pub(crate) struct Stranger {
+    pub(crate) address: String,
+    /// When it is closed.
+    pub(crate) until: Instant,
+    /// Among those that are allowed.
+    pub(crate) _place: OwnedSemaphorePermit,
 }
 
 /// The actor.
@@ -99,6 +106,8 @@ pub struct Middleman {
     follower: FollowerId,
     session: Session,
     framed: Framed,
+    /// Until it is subscribed.
+    stranger: Option<Stranger>,
     /// The Server does not wake us while this is set; cleared before the log is read.
     woken: Arc<AtomicBool>,
     status: Arc<Mutex<FollowerStatus>>,
@@ -119,16 +128,17 @@ impl Middleman {
         shared: Shared,
         follower: FollowerId,
         stream: Box<dyn Stream>,
-        address: String,
+        stranger: Stranger,
     ) -> Self {
-        shared.open.fetch_add(1, Ordering::Relaxed);
         let session = Session::new(shared.config.session, follower, Duration::ZERO);
+        let address = stranger.address.clone();
         let status = FollowerStatus { id: follower.0, address, ..FollowerStatus::default() };
         Self {
             framed: Framed::new(stream, session.max_frame_bytes()),
             shared,
             follower,
             session,
+            stranger: Some(stranger),
             woken: Arc::new(AtomicBool::new(false)),
             status: Arc::new(Mutex::new(status)),
             differ: None,
@@ -465,7 +475,8 @@ impl Actor for Middleman {
         ctx.spawn(stop.into_actor(self));
         self.set_timer(ctx);
         let limit = self.shared.config.handshake_timeout;
-        ctx.run_later(limit, move |middleman, ctx| {
+        let until = self.stranger.as_ref().map_or_else(Instant::now, |stranger| stranger.until);
+        ctx.run_later(until - Instant::now(), move |middleman, ctx| {
             if matches!(middleman.session.state(), "Hello" | "Subscribing") {
                 let error =
                     AccessError::Timeout { what: "handshake", seconds: limit.as_secs_f32() };
@@ -479,7 +490,6 @@ impl Drop for Middleman {
     /// Also after a panic, which ends this connection and nothing else.
     fn drop(&mut self) {
         self.abandon();
-        self.shared.open.fetch_sub(1, Ordering::Relaxed);
         self.shared.server.do_send(Gone(self.follower));
     }
 }
@@ -514,7 +524,10 @@ impl Handler<Reply> for Middleman {
                 self.watch_socket(ctx);
                 self.set_timer(ctx);
             }
-            Reply::Subscribed(at, way, missed) => session.handle_subscribed(at, way, missed),
+            Reply::Subscribed(at, way, missed) => {
+                self.stranger = None;
+                session.handle_subscribed(at, way, missed);
+            }
             Reply::Shortened(shortened) => session.handle_shortened(shortened),
             Reply::Admitted(diff) => {
                 self.diff_since.1 = Some(Instant::now());
