@@ -57,7 +57,7 @@ pub use tablecast_actors::protocol::{
 };
 pub use tablecast_actors::server::{Applied, Written};
 pub use tablecast_actors::{
-    AccessError, ClientConfig, ClientStatus, DiffAborted, DiffError, DiffOutcome, DiffReport,
-    FollowerStatus, Health, MassDelete, ServedDiff, ServerConfig, ServerStatus, Verified,
-    WaitError, access, metrics,
+    AccessError, AllowAll, Applicant, Authorize, ClientConfig, ClientStatus, DiffAborted,
+    DiffError, DiffOutcome, DiffReport, FollowerStatus, Health, MassDelete, ServedDiff,
+    ServerConfig, ServerStatus, Token, TokenError, Verified, WaitError, access, metrics,
 };

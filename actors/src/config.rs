@@ -1,15 +1,20 @@
 //! What the actors are set to.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use tablecast_protocol::server::SessionConfig;
 use tablecast_protocol::{HeartbeatConfig, Limits};
+
+use crate::authorize::{AllowAll, Authorize, Token};
 
 /// What a server is set to. Every bound has a name here, and says what happens at it.
 #[derive(Clone, Debug)]
 pub struct ServerConfig {
     /// Largest things, repairs, heartbeats.
     pub session: SessionConfig,
+    /// Who may follow: everybody, which is fit for an address that only this machine reaches.
+    pub authorize: Arc<dyn Authorize>,
     /// How much of the recent history is kept for followers that lag: 64 MiB. A follower that lags by
     /// more is told that it fell behind, and is repaired by a diff.
     pub log_bytes: usize,
@@ -41,6 +46,7 @@ impl Default for ServerConfig {
     fn default() -> Self {
         Self {
             session: SessionConfig::default(),
+            authorize: Arc::new(AllowAll),
             log_bytes: 64 << 20,
             diffs_at_once: 4,
             diffs_waiting: 10_000,
@@ -60,6 +66,8 @@ impl Default for ServerConfig {
 pub struct ClientConfig {
     /// What the server's people see; up to a few hundred bytes.
     pub name: String,
+    /// What the server is shown before anything else; `None` is nothing.
+    pub token: Option<Token>,
     /// Largest things. A server whose limits are above these is refused.
     pub limits: Limits,
     /// When the server is asked whether it is there, and given up.
@@ -92,6 +100,7 @@ impl Default for ClientConfig {
     fn default() -> Self {
         Self {
             name: String::new(),
+            token: None,
             limits: Limits::default(),
             heartbeat: HeartbeatConfig::default(),
             connect_timeout: Duration::from_secs(10),

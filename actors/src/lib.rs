@@ -27,6 +27,7 @@
 //! but that place.
 
 pub mod access;
+mod authorize;
 pub mod client;
 mod config;
 mod error;
@@ -34,6 +35,7 @@ pub mod metrics;
 pub mod server;
 mod status;
 
+pub use authorize::{AllowAll, Applicant, Authorize, Token, TokenError};
 pub use config::{ClientConfig, MassDelete, ServerConfig};
 pub use error::{AccessError, DiffAborted, DiffError, WaitError};
 pub use status::{

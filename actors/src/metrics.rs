@@ -25,6 +25,7 @@ pub fn describe() {
         ("tablecast_server_diffs_total", "Diffs that ended, by how."),
         ("tablecast_server_verifications_total", "Roots compared with followers, by result."),
         ("tablecast_server_stalled_total", "Followers closed because their socket took nothing."),
+        ("tablecast_server_refused_followers_total", "Followers that may not connect."),
         ("tablecast_client_changes_total", "Live changes applied by the follower."),
         ("tablecast_client_refused_total", "Changes that the follower's store refused."),
         ("tablecast_client_corrupt_total", "Keys found changed behind the follower's back."),
@@ -102,6 +103,10 @@ pub(crate) fn follower_fell_behind() {
 
 pub(crate) fn follower_stalled() {
     counter!("tablecast_server_stalled_total").increment(1);
+}
+
+pub(crate) fn follower_refused() {
+    counter!("tablecast_server_refused_followers_total").increment(1);
 }
 
 pub(crate) fn diff_served(outcome: String) {

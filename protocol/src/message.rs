@@ -385,6 +385,8 @@ codes! {
         6 Silent
         /// internal failure
         7 Failed
+        /// refused
+        8 Refused
         /// other reason
         255 Other
     }

@@ -105,13 +105,11 @@ impl Middleman {
     fn up(&mut self, stream: Box<dyn Stream>) {
         self.connection.0 += 1;
         debug!(server = self.access.address(), "connected");
-        self.link = Some(Link {
-            framed: Framed::new(stream, HANDSHAKE_FRAME_BYTES),
-            waiting: 0,
-            base: (0, 0),
-            paused: None,
-            closing: false,
-        });
+        let mut framed = Framed::new(stream, HANDSHAKE_FRAME_BYTES);
+        if let Some(token) = &self.config.token {
+            framed.queue(token.frame());
+        }
+        self.link = Some(Link { framed, waiting: 0, base: (0, 0), paused: None, closing: false });
         self.client.do_send(LinkUp(self.connection));
     }
 

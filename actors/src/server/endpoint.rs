@@ -161,8 +161,8 @@ impl Endpoint {
                 opened = tokio::time::timeout_at(until, incoming.open()) => opened,
             };
             match opened {
-                Ok(Ok((stream, _certificate))) => {
-                    let stranger = Stranger { address, until, _place: place };
+                Ok(Ok((stream, certificate))) => {
+                    let stranger = Stranger { address, certificate, until, _place: place };
                     Middleman::new(shared, FollowerId(number), stream, stranger).start();
                 }
                 Ok(Err(error)) => info!(address, %error, "no handshake"),

@@ -18,6 +18,7 @@ use std::time::Duration;
 
 use actix::prelude::*;
 use actix_rt::ArbiterHandle;
+use bytes::Bytes;
 use tablecast_protocol::diff::Step;
 use tablecast_protocol::server::{Event, Served, Session, Transmit};
 use tablecast_protocol::{
@@ -33,6 +34,7 @@ use super::differ::{Abandon, Answered, Differ, Order};
 use super::{Ask, Connect, Gone, Question, Server, SharedLog, root_of};
 use crate::access::Stream;
 use crate::access::codec::{Framed, LAST_WORDS};
+use crate::authorize::{Applicant, Token};
 use crate::config::ServerConfig;
 use crate::error::AccessError;
 use crate::metrics;
@@ -94,6 +96,7 @@ pub(crate) struct Shared {
 /// What is known of a connection that is not subscribed.
 pub(crate) struct Stranger {
     pub(crate) address: String,
+    pub(crate) certificate: Option<Bytes>,
     /// When it is closed.
     pub(crate) until: Instant,
     /// Among those that are allowed.
@@ -108,6 +111,8 @@ pub struct Middleman {
     framed: Framed,
     /// Until it is subscribed.
     stranger: Option<Stranger>,
+    /// What came ahead of Hello.
+    token: Option<Token>,
     /// The Server does not wake us while this is set; cleared before the log is read.
     woken: Arc<AtomicBool>,
     status: Arc<Mutex<FollowerStatus>>,
@@ -139,6 +144,7 @@ impl Middleman {
             follower,
             session,
             stranger: Some(stranger),
+            token: None,
             woken: Arc::new(AtomicBool::new(false)),
             status: Arc::new(Mutex::new(status)),
             differ: None,
@@ -220,7 +226,21 @@ impl Middleman {
         self.framed.set_max_frame_bytes(self.session.max_frame_bytes());
     }
 
-    fn subscribe(&self, name: String, position: Option<Position>, ctx: &Context<Self>) {
+    fn subscribe(&mut self, name: String, position: Option<Position>, ctx: &Context<Self>) {
+        let Some(stranger) = &self.stranger else { return };
+        let token = self.token.take();
+        let follower = Applicant {
+            address: &stranger.address,
+            name: &name,
+            token: token.as_ref(),
+            certificate: stranger.certificate.as_deref(),
+        };
+        if let Err(why) = self.shared.config.authorize.authorize(&follower) {
+            info!(follower = self.follower.0, address = stranger.address, why, "refused");
+            metrics::follower_refused();
+            self.session.handle_close(Reason::Refused, why);
+            return;
+        }
         self.update_status(|status| status.name = name);
         self.shared.server.do_send(Connect {
             follower: self.follower,
@@ -360,6 +380,14 @@ impl Middleman {
                 }
                 Err(error) => return Err(error),
             };
+            // Ahead of Hello, once.
+            if self.token.is_none()
+                && self.session.state() == "Hello"
+                && let Some(token) = Token::parse(&frame)
+            {
+                self.token = Some(token);
+                continue;
+            }
             let limits = &self.shared.config.session.limits;
             match wire::decode::<ToServer>(&frame, limits) {
                 Ok(message) => self.session.handle_message(message, self.now()),

@@ -293,7 +293,7 @@ fn maps_are_no_messages() {
 #[test]
 fn a_refusal_of_a_later_version_is_heard() {
     let limits = Limits::default();
-    for code in [&[8][..], &[100], &[0xcc, 254], &[0xcc, 255]] {
+    for code in [&[9][..], &[100], &[0xcc, 254], &[0xcc, 255]] {
         let bytes = [&[0x93, 1], code, &[0xa5], b"later"].concat();
         let refuse = ToClient::Refuse { reason: Reason::Other, text: "later".to_owned() };
         assert_eq!(wire::decode(&bytes, &limits), Ok(refuse));
