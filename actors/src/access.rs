@@ -2,11 +2,13 @@
 //!
 //! Frames are put around them here (`codec.rs`), so that a transport needs to know nothing of the
 //! protocol. There are two: [`tcp`], and [`memory`] within a process, which is also the smallest
-//! example of one.
+//! example of one. `tls` (with the feature of that name) is a layer over either, or any other.
 
 pub(crate) mod codec;
 pub mod memory;
 pub mod tcp;
+#[cfg(feature = "tls")]
+pub mod tls;
 
 use std::fmt;
 use std::io;
@@ -28,6 +30,16 @@ pub trait Access: Send + Sync + 'static {
 
     /// Where to, for logs.
     fn address(&self) -> String;
+}
+
+impl Access for Box<dyn Access> {
+    fn connect(&self) -> BoxFuture<'static, io::Result<Box<dyn Stream>>> {
+        (**self).connect()
+    }
+
+    fn address(&self) -> String {
+        (**self).address()
+    }
 }
 
 /// How a server is reached.

@@ -12,6 +12,8 @@
     reason = "a test fails by panicking, and its numbers are small"
 )]
 
+#[cfg(feature = "tls")]
+mod authorize;
 #[cfg(feature = "cli")]
 mod cli;
 mod diff;

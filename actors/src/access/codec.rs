@@ -41,6 +41,8 @@ pub(crate) struct Framed {
     outbox: VecDeque<Bytes>,
     /// Bytes in the outbox.
     queued: usize,
+    /// The stream holds nothing back of what it was given, as TLS may.
+    flushed: bool,
     /// Bytes that came, and bytes that went, headers included.
     pub(crate) received: u64,
     pub(crate) sent: u64,
@@ -58,6 +60,7 @@ impl Framed {
             inbox: BytesMut::new(),
             outbox: VecDeque::new(),
             queued: 0,
+            flushed: true,
             received: 0,
             sent: 0,
         }
@@ -125,6 +128,11 @@ impl Framed {
         self.queued
     }
 
+    /// Whether all that was queued has left this end.
+    pub(crate) fn is_flushed(&self) -> bool {
+        self.queued == 0 && self.flushed
+    }
+
     /// Writes everything that is queued, in as few calls as the stream takes.
     pub(crate) fn poll_flush(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         while self.queued > 0 {
@@ -139,9 +147,12 @@ impl Framed {
             if written == 0 {
                 return Poll::Ready(Err(io::ErrorKind::WriteZero.into()));
             }
+            self.flushed = false;
             self.advance(written);
         }
-        Pin::new(&mut *self.stream).poll_flush(cx)
+        ready!(Pin::new(&mut *self.stream).poll_flush(cx))?;
+        self.flushed = true;
+        Poll::Ready(Ok(()))
     }
 
     /// Says to the peer that nothing more comes.

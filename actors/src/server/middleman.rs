@@ -341,7 +341,7 @@ impl Middleman {
     fn watch_socket(&mut self, ctx: &mut Context<Self>) {
         let limit = self.shared.config.stall_timeout;
         match self.stalled {
-            _ if self.framed.queued() == 0 => self.stalled = None,
+            _ if self.framed.is_flushed() => self.stalled = None,
             Some((sent, since)) if sent == self.framed.sent => {
                 if since.elapsed() >= limit {
                     let seconds = limit.as_secs_f32();
@@ -440,7 +440,7 @@ impl Middleman {
         let held = !self.session.wants_input();
         for turn in 0.. {
             self.fill(ctx);
-            if self.framed.queued() == 0 {
+            if self.framed.is_flushed() {
                 break;
             }
             match self.framed.poll_flush(cx) {
@@ -452,7 +452,7 @@ impl Middleman {
                 break;
             }
         }
-        if self.closing && self.framed.queued() == 0 {
+        if self.closing && self.framed.is_flushed() {
             // The peer is told that this is the end, and closes when it has heard so.
             if self.framed.poll_shutdown(cx).is_ready() && self.framed.poll_drain(cx).is_ready() {
                 ctx.stop();
