@@ -18,8 +18,13 @@ pub struct ServerConfig {
     /// How much of the recent history is kept for followers that lag: 64 MiB. A follower that lags by
     /// more is told that it fell behind, and is repaired by a diff.
     pub log_bytes: usize,
-    /// How many diffs run at once: 4. Others wait.
+    /// How many diffs run at once: 4. Others wait: whose last diff, or connect, is longest ago is next, so that
+    /// a follower that asks over and over holds up nobody who does not.
     pub diffs_at_once: usize,
+    /// How long a diff keeps its place while others wait: 60 s. Then it is aborted as `Busy`, and asked for
+    /// again behind the others; what it has repaired stays. Looked at once a second. (A diff in which nothing
+    /// happens ends with `SessionConfig::diff_stall`, whether others wait or not.)
+    pub diff_turn: Duration,
     /// How many diffs wait at most: 10,000. One more is aborted as `Busy`, and asked for again.
     pub diffs_waiting: usize,
     /// How often all followers that lack nothing compare their roots with the server's: every 60 s.
@@ -49,6 +54,7 @@ impl Default for ServerConfig {
             authorize: Arc::new(AllowAll),
             log_bytes: 64 << 20,
             diffs_at_once: 4,
+            diff_turn: Duration::from_secs(60),
             diffs_waiting: 10_000,
             verify_every: Some(Duration::from_secs(60)),
             followers: 10_000,

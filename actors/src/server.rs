@@ -17,7 +17,7 @@ pub mod differ;
 mod endpoint;
 pub mod middleman;
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet};
 use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -176,9 +176,12 @@ pub struct Server {
     table: Table,
     log: SharedLog,
     followers: BTreeMap<FollowerId, Follower>,
-    /// Diffs that run, at most `diffs_at_once`, and those that wait.
-    running: Vec<(FollowerId, DiffId)>,
-    waiting: VecDeque<(FollowerId, DiffId)>,
+    /// Diffs that run, at most `diffs_at_once`, and since when.
+    running: Vec<(FollowerId, DiffId, Instant)>,
+    /// Those that wait, with the turns of their followers: the lowest is next.
+    waiting: BTreeSet<(u64, FollowerId, DiffId)>,
+    /// The last turn that was given out.
+    turn: u64,
     awaiting: Vec<oneshot::Sender<Option<Position>>>,
     changes: broadcast::Sender<Applied>,
     refused: u64,
@@ -193,6 +196,8 @@ pub struct Server {
 #[derive(Debug)]
 struct Follower {
     middleman: Addr<Middleman>,
+    /// Higher than those of all whose connect, or last diff, is longer ago.
+    turn: u64,
     /// Set when the Middleman has been told that the log grew, and has not looked yet: a mailbox
     /// holds one such message at most.
     woken: Arc<AtomicBool>,
@@ -208,7 +213,8 @@ impl Server {
             log: SharedLog(Arc::new(Mutex::new(log))),
             followers: BTreeMap::new(),
             running: Vec::new(),
-            waiting: VecDeque::new(),
+            waiting: BTreeSet::new(),
+            turn: 0,
             awaiting: Vec::new(),
             changes: broadcast::channel(config.event_capacity.max(1)).0,
             refused: 0,
@@ -256,18 +262,31 @@ impl Server {
     /// Lets waiting diffs run while there are places.
     fn admit(&mut self) {
         while self.running.len() < self.config.diffs_at_once.max(1) {
-            let Some((follower, diff)) = self.waiting.pop_front() else { return };
-            self.running.push((follower, diff));
+            let Some((_, follower, diff)) = self.waiting.pop_first() else { return };
+            self.running.push((follower, diff, Instant::now()));
             self.reply(follower, Reply::Admitted(diff));
         }
     }
 
     fn end_diffs(&mut self, over: impl Fn(FollowerId, DiffId) -> bool) {
-        for (follower, diff) in self.running.extract_if(.., |(f, d)| over(*f, *d)) {
+        for (follower, diff, _) in self.running.extract_if(.., |(f, d, _)| over(*f, *d)) {
             self.log.lock().unmark(follower, diff);
+            self.turn += 1;
+            if let Some(follower) = self.followers.get_mut(&follower) {
+                follower.turn = self.turn;
+            }
         }
-        self.waiting.retain(|(follower, diff)| !over(*follower, *diff));
+        self.waiting.retain(|(_, follower, diff)| !over(*follower, *diff));
         self.admit();
+    }
+
+    /// Takes the places of diffs that have had theirs for long, as many as others wait for.
+    fn end_turns(&self) {
+        let long = |since: Instant| since.elapsed() >= self.config.diff_turn;
+        let over = self.running.iter().filter(|(_, _, since)| long(*since));
+        for (follower, diff, _) in over.take(self.waiting.len()) {
+            self.reply(*follower, Reply::Busy(*diff));
+        }
     }
 
     fn tell_changes(&self, changes: Vec<Change>, end: Option<Revision>) {
@@ -358,7 +377,10 @@ impl Actor for Server {
         // The default, 16, would make writers wait for each other's wake-ups.
         ctx.set_mailbox_capacity(1024);
         ctx.spawn(Publish);
-        ctx.run_interval(metrics::EVERY, |server, _| server.record());
+        ctx.run_interval(metrics::EVERY, |server, _| {
+            server.record();
+            server.end_turns();
+        });
         if let Some(every) = self.config.verify_every {
             // Through the mailbox, so that `Publish` runs behind it.
             ctx.run_interval(every, |_, ctx| ctx.address().do_send(SetCheckpoint));
@@ -516,7 +538,9 @@ impl Handler<Connect> for Server {
         let at = position.filter(|_| way == Way::Resumed).unwrap_or(head);
         status.lock().unwrap_or_else(PoisonError::into_inner).sent = at.revision;
         middleman.do_send(Reply::Subscribed(at, way, head));
-        self.followers.insert(follower, Follower { middleman, woken, status });
+        self.turn += 1;
+        let turn = self.turn;
+        self.followers.insert(follower, Follower { middleman, turn, woken, status });
     }
 }
 
@@ -525,15 +549,13 @@ impl Handler<Ask> for Server {
 
     fn handle(&mut self, ask: Ask, _: &mut Context<Self>) {
         let Ask { follower, diff, question } = ask;
-        if !self.followers.contains_key(&follower) {
-            return;
-        }
+        let Some(Follower { turn, .. }) = self.followers.get(&follower) else { return };
         match question {
             Question::Admit if self.waiting.len() >= self.config.diffs_waiting => {
                 self.reply(follower, Reply::Busy(diff));
             }
             Question::Admit => {
-                self.waiting.push_back((follower, diff));
+                self.waiting.insert((*turn, follower, diff));
                 self.admit();
             }
             Question::Snapshot => {

@@ -3,8 +3,8 @@
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
-use tablecast::{Change, Limits, MemoryStore, ServerConfig, Value};
-use tablecast_actors::protocol::{Reason, ToClient, ToServer, wire};
+use tablecast::{AbortReason, Change, Hash, Limits, MemoryStore, Server, ServerConfig, Value};
+use tablecast_actors::protocol::{DiffId, Reason, ToClient, ToServer, wire};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
@@ -186,4 +186,56 @@ async fn no_more_strangers_than_allowed() {
     assert!(matches!(read_message(&mut next).await, Some(ToClient::Welcome { .. })));
     assert!(since.elapsed() >= limit, "it was let in beside the other");
     assert_eq!(last_words(&mut silent).await.0, Reason::Silent);
+}
+
+/// Asks for a diff, the first one of this connection, and of a table that differs.
+async fn ask_for_diff(stream: &mut TcpStream) {
+    let request = ToServer::SyncReq {
+        diff: DiffId(1),
+        jumps: 0,
+        full: false,
+        root: Hash::of_entry(b"a", b"b"),
+        len: 10_000,
+        max_deletes: u64::MAX,
+    };
+    stream.write_all(&wire::encode(&request)).await.unwrap();
+}
+
+async fn until_waiting(server: &Server, diffs: usize) {
+    within(async { while server.status().await.unwrap().diffs_waiting != diffs {} }).await;
+}
+
+#[actix_rt::test]
+async fn who_has_not_asked_for_longest_is_next() {
+    let config = ServerConfig { diffs_at_once: 1, ..ServerConfig::default() };
+    let (server, address) = serve(config, filled(10)).await;
+    let mut holds = hello(address).await;
+    ask_for_diff(&mut holds).await;
+    assert!(matches!(read_message(&mut holds).await, Some(ToClient::SyncStart { .. })));
+    let mut patient = hello(address).await;
+    let mut hasty = hello(address).await;
+    ask_for_diff(&mut hasty).await;
+    until_waiting(&server, 1).await;
+    ask_for_diff(&mut patient).await;
+    until_waiting(&server, 2).await;
+    drop(holds);
+    assert!(matches!(read_message(&mut patient).await, Some(ToClient::SyncStart { .. })));
+    until_waiting(&server, 1).await;
+}
+
+#[actix_rt::test]
+async fn a_diff_that_takes_long_gives_way_to_others() {
+    let config =
+        ServerConfig { diffs_at_once: 1, diff_turn: Duration::ZERO, ..ServerConfig::default() };
+    let (server, address) = serve(config, filled(10)).await;
+    let mut holds = hello(address).await;
+    ask_for_diff(&mut holds).await;
+    assert!(matches!(read_message(&mut holds).await, Some(ToClient::SyncStart { .. })));
+    assert!(matches!(read_message(&mut holds).await, Some(ToClient::SyncRequest { .. })));
+    let other = follower(address, MemoryStore::new());
+    assert_eq!(connect(&other).await.written, 10);
+    let aborted = read_message(&mut holds).await;
+    let reason = AbortReason::Busy;
+    assert_eq!(aborted, Some(ToClient::SyncAbort { diff: DiffId(1), reason }));
+    assert_eq!(server.followers().await.unwrap().len(), 2);
 }
