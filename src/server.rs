@@ -193,8 +193,9 @@ impl Server {
         self.endpoint.server()
     }
 
-    /// Accepts nobody any more, sends every follower what it lacks (as far as it reads within a second)
-    /// and a farewell, and ends when all connections have. The address is free then.
+    /// Accepts nobody any more, sends every follower what it lacks (as far as it reads that within
+    /// [`ServerConfig::drain_timeout`]) and a farewell, and ends when all connections have. The address is
+    /// free then.
     pub async fn stop(self) {
         self.endpoint.close().await;
         // It has stopped before if nobody answers.

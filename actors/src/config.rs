@@ -41,6 +41,9 @@ pub struct ServerConfig {
     /// How long a follower's socket may take nothing while something is to be sent: 30 s. Then it is
     /// closed. Looked at as often, so up to twice as long passes.
     pub stall_timeout: Duration,
+    /// How long followers of a server that stops have to read what is in the log: 5 s. Then they are told where
+    /// it ends, and closed.
+    pub drain_timeout: Duration,
     /// How many bytes are handed to a socket at once: 256 KiB. More leaves the processor's cache.
     pub flush_bytes: usize,
     /// How many changes a subscriber to them may lag behind: 1,024. Then it is told how many it missed.
@@ -61,6 +64,7 @@ impl Default for ServerConfig {
             strangers: 1000,
             handshake_timeout: Duration::from_secs(10),
             stall_timeout: Duration::from_secs(30),
+            drain_timeout: Duration::from_secs(5),
             flush_bytes: 256 << 10,
             event_capacity: 1024,
         }

@@ -107,8 +107,8 @@ pub struct GetStatus;
 #[rtype(result = "Vec<FollowerStatus>")]
 pub struct GetFollowers;
 
-/// Sends every follower what it lacks, as far as it reads within a second, and a farewell, and ends.
-/// Answered when the last connection is closed.
+/// Sends every follower what it lacks, as far as it reads that within
+/// [`ServerConfig::drain_timeout`], and a farewell, and ends. Answered when the last connection is closed.
 #[derive(Debug, Message)]
 #[rtype(result = "()")]
 pub struct Stop;
@@ -509,8 +509,9 @@ impl Handler<Stop> for Server {
         let (waiter, stopped) = oneshot::channel();
         self.stopping.get_or_insert_default().push(waiter);
         self.awaiting.clear();
+        let head = self.head();
         for follower in self.followers.values() {
-            follower.middleman.do_send(Reply::Stop);
+            follower.middleman.do_send(Reply::Stop(head));
         }
         self.stop_if_alone(ctx);
         Box::pin(async move { drop(stopped.await) })

@@ -239,3 +239,27 @@ async fn a_diff_that_takes_long_gives_way_to_others() {
     assert_eq!(aborted, Some(ToClient::SyncAbort { diff: DiffId(1), reason }));
     assert_eq!(server.followers().await.unwrap().len(), 2);
 }
+
+#[actix_rt::test]
+async fn who_does_not_read_in_time_is_told_where_the_history_ends() {
+    let config = ServerConfig { drain_timeout: Duration::ZERO, ..ServerConfig::default() };
+    let (server, address) = serve(config, MemoryStore::new()).await;
+    let mut stream = hello(address).await;
+    // More than sockets hold.
+    for _ in 0..48 {
+        server.write("large", vec![7; 1 << 20]).await.unwrap();
+    }
+    let stopping = actix_rt::spawn(server.stop());
+    let (reason, text) = loop {
+        match read_message(&mut stream).await.unwrap() {
+            ToClient::Live { .. } => {}
+            ToClient::Farewell { reason, text } => break (reason, text),
+            other => panic!("{other:?}"),
+        }
+    };
+    assert_eq!(reason, Reason::Stopping);
+    let sent = text.strip_prefix("the history ends at revision 48, sent up to ").unwrap();
+    assert!(sent.parse::<u64>().unwrap() < 48, "{text}");
+    drop(stream);
+    within(stopping).await.unwrap();
+}

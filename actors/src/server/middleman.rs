@@ -64,8 +64,8 @@ pub(crate) enum Reply {
     BadAnswer(DiffId, ProtocolError),
     Root(Revision, Option<Hash>),
     Close(Reason, String),
-    /// The server stops: what is in the log goes out first, for a while.
-    Stop,
+    /// The server stops at this revision: what is in the log goes out first, for a while.
+    Stop(Revision),
     /// Nobody is let in any more. The Server tells those who are.
     Unserved,
 }
@@ -576,10 +576,13 @@ impl Handler<Reply> for Middleman {
                     session.handle_stop();
                 }
             }
-            Reply::Stop => {
+            Reply::Stop(head) => {
                 session.handle_stop();
-                let stop = Reply::Close(Reason::Stopping, String::new());
-                ctx.run_later(LAST_WORDS, |_, ctx| ctx.address().do_send(stop));
+                ctx.run_later(self.shared.config.drain_timeout, move |middleman, ctx| {
+                    let sent = middleman.session.sent();
+                    let text = format!("the history ends at revision {head}, sent up to {sent}");
+                    ctx.address().do_send(Reply::Close(Reason::Stopping, text));
+                });
             }
         }
         self.drive(ctx);
