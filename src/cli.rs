@@ -5,6 +5,7 @@
 //! stdout, as sentences or as JSON; what goes wrong and the log go to stderr.
 
 mod args;
+mod credentials;
 mod events;
 mod file;
 mod follow;
@@ -26,7 +27,7 @@ use clap::Parser;
 use tracing::level_filters::LevelFilter;
 use tracing_subscriber::EnvFilter;
 
-use args::{Cli, Command, Follow, Serve, Verify, Watch};
+use args::{Cli, Command, Credentials, Follow, Serve, Verify, Watch};
 use events::{Output, complain};
 
 /// How long the other end may take to hear that this one ends.
@@ -35,7 +36,7 @@ const STOP_TIMEOUT: Duration = Duration::from_secs(5);
 /// Why the command leaves without having done its work.
 #[derive(Debug)]
 enum Failure {
-    /// The input cannot be read.
+    /// The input cannot be read, or what was asked for is not done.
     Input(anyhow::Error),
     /// Anything else.
     Work(anyhow::Error),

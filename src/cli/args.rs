@@ -57,6 +57,26 @@ pub(super) struct Serve {
     /// Where to listen; port 0 is one that is free. Exit code 1 if that cannot be
     #[arg(long, value_name = "HOST:PORT", value_parser = host_port)]
     pub(super) listen: String,
+    /// Let in only followers that show the token in FILE: its bytes, up to 255, without the end of the line
+    #[arg(long, value_name = "FILE")]
+    pub(super) token_file: Option<PathBuf>,
+    /// Talk TLS 1.3, with the certificate in FILE and the chain behind it, PEM
+    #[arg(long, value_name = "FILE", requires = "tls_key")]
+    pub(super) tls_cert: Option<PathBuf>,
+    /// The key of --tls-cert, PEM
+    #[arg(long, value_name = "FILE", requires = "tls_cert")]
+    pub(super) tls_key: Option<PathBuf>,
+    /// Let in only followers with a certificate of a CA in FILE, PEM
+    #[arg(long, value_name = "FILE", requires = "tls_cert")]
+    pub(super) tls_ca: Option<PathBuf>,
+    /// Listen for anybody, where others than this machine reach the address, without --token-file or
+    /// --tls-ca
+    #[arg(long)]
+    pub(super) insecure: bool,
+    /// How long followers have to read what is left for them when a signal comes. A second signal ends it
+    /// at once
+    #[arg(long, value_name = "SECONDS", default_value = "5", value_parser = seconds)]
+    pub(super) drain_timeout: Duration,
     /// What the table holds at first; nothing without it
     #[arg(long, value_name = "FILE")]
     pub(super) load: Option<PathBuf>,
@@ -93,6 +113,8 @@ pub(super) struct Follow {
     /// Where the server is. Tried again and again
     #[arg(long, value_name = "HOST:PORT", value_parser = host_port)]
     pub(super) connect: String,
+    #[command(flatten)]
+    pub(super) credentials: Credentials,
     /// What the server's people see; up to 255 bytes
     #[arg(long, default_value = "tablecast follow", value_parser = follower_name)]
     pub(super) name: String,
@@ -143,6 +165,8 @@ pub(super) struct Watch {
     /// Where the server is. Tried again and again
     #[arg(long, value_name = "HOST:PORT", value_parser = host_port)]
     pub(super) connect: String,
+    #[command(flatten)]
+    pub(super) credentials: Credentials,
     /// Only changes of this key; may come more than once
     #[arg(long = "key", value_name = "KEY")]
     pub(super) keys: Vec<OsString>,
@@ -161,6 +185,8 @@ pub(super) struct Verify {
     /// Where the server is
     #[arg(long, value_name = "HOST:PORT", value_parser = host_port)]
     pub(super) connect: String,
+    #[command(flatten)]
+    pub(super) credentials: Credentials,
     /// The table to compare
     #[arg(long, value_name = "FILE")]
     pub(super) load: PathBuf,
@@ -228,6 +254,23 @@ pub(super) struct Delete {
     /// Print the position behind it as JSON
     #[arg(long)]
     pub(super) json: bool,
+}
+
+/// What a follower shows, and whom it believes.
+#[derive(Debug, Args)]
+pub(super) struct Credentials {
+    /// Show the server the token in FILE: its bytes, up to 255, without the end of the line
+    #[arg(long, value_name = "FILE")]
+    pub(super) token_file: Option<PathBuf>,
+    /// Talk TLS 1.3, with a server that has a certificate for HOST of a CA in FILE, PEM
+    #[arg(long, value_name = "FILE")]
+    pub(super) tls_ca: Option<PathBuf>,
+    /// Show the certificate in FILE, and the chain behind it, PEM, if the server asks for one
+    #[arg(long, value_name = "FILE", requires = "tls_key", requires = "tls_ca")]
+    pub(super) tls_cert: Option<PathBuf>,
+    /// The key of --tls-cert, PEM
+    #[arg(long, value_name = "FILE", requires = "tls_cert")]
+    pub(super) tls_key: Option<PathBuf>,
 }
 
 /// Where to ask.

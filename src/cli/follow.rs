@@ -14,8 +14,7 @@ use super::file::{self, Dump};
 use super::http::{Http, Table};
 use super::progress::DiffBar;
 use super::signals::Signals;
-use super::{Failure, Follow, STOP_TIMEOUT, resume};
-use crate::access::tcp::TcpAccess;
+use super::{Failure, Follow, STOP_TIMEOUT, credentials, resume};
 use crate::{
     Client, ClientConfig, DiffAborted, DiffOutcome, DiffPhase, DiffReport, Error,
     Event as Happened, MassDelete, MemoryStore, Position, Progress,
@@ -47,7 +46,8 @@ pub(super) async fn run(args: &Follow, output: &Output) -> Result<ExitCode, Fail
     let store = file::load(args.load.as_deref())?;
     let mut signals = Signals::new()?;
     let position = position(args, &store, output).await;
-    let client = Client::start(config(args), store.clone(), TcpAccess::new(&*args.connect))?;
+    let access = credentials::access(&args.connect, &args.credentials)?;
+    let client = Client::start(config(args)?, store.clone(), access)?;
     let table = Arc::clone(client.reader());
     if let Some(position) = position {
         client.continue_from(position).await?;
@@ -90,15 +90,16 @@ pub(super) async fn run(args: &Follow, output: &Output) -> Result<ExitCode, Fail
     verdict(args, &left)
 }
 
-fn config(args: &Follow) -> ClientConfig {
-    ClientConfig {
+fn config(args: &Follow) -> Result<ClientConfig, Failure> {
+    Ok(ClientConfig {
         name: args.name.clone(),
+        token: credentials::token(args.credentials.token_file.as_deref())?,
         diff_every: args.diff_every,
         mass_delete: (!args.allow_mass_delete).then(MassDelete::default),
         scrub: !args.no_scrub,
         event_capacity: EVENT_CAPACITY,
         ..ClientConfig::default()
-    }
+    })
 }
 
 /// Where the table stands that was loaded, if that is known.

@@ -12,7 +12,9 @@ use super::file::{self, Dump};
 use super::http::{Http, Table};
 use super::ndjson::{self, Found, LINE_BYTES, Lines};
 use super::signals::Signals;
-use super::{Failure, STOP_TIMEOUT, Serve, resume};
+use super::{Failure, STOP_TIMEOUT, Serve, credentials, resume};
+use crate::access::tcp::TcpListener;
+use crate::access::tls::TlsListener;
 use crate::{Change, Error, Hash, Limits, Position, Server, ServerConfig};
 
 /// How many changes from stdin wait to be written. Then no more is read.
@@ -22,16 +24,22 @@ const WAITING: usize = 16;
 type Line = Result<(u64, Change), String>;
 
 pub(super) async fn run(args: &Serve, output: &Output) -> Result<ExitCode, Failure> {
+    credentials::check(args)?;
+    let (config, tls) = (config(args)?, credentials::tls(args)?);
     let dump = args.dump.as_deref().map(Dump::at).transpose()?;
     let store = file::load(args.load.as_deref())?;
     let mut signals = Signals::new()?;
-    let server = Server::start(ServerConfig::default(), store)?;
+    let server = Server::start(config, store)?;
     let table = Arc::clone(server.reader());
     let (_, root) = server.root().await?;
     let position = position(args, (root, table.len()?), output).await;
-    let listen = server
-        .listen(&*args.listen)
+    let listener = TcpListener::bind(&*args.listen)
         .with_context(|| format!("cannot listen at {}", args.listen))?;
+    let listen = listener.local_address();
+    match tls {
+        Some(tls) => server.listen_on(TlsListener::new(listener, tls)),
+        None => server.listen_on(listener),
+    }
     let http = args.http.as_deref().map(|address| {
         let writes_from_anywhere = args.http_writes_from_anywhere;
         Http::start(address, Table::Server { server: server.clone(), writes_from_anywhere })
@@ -58,7 +66,7 @@ pub(super) async fn run(args: &Serve, output: &Output) -> Result<ExitCode, Failu
     // Nobody writes any more; this is answered behind the last write.
     let standing = server.root().await;
     // Who has not heard it by then hears that the connection ended.
-    drop(tokio::time::timeout(STOP_TIMEOUT, server.stop()).await);
+    drop(tokio::time::timeout(args.drain_timeout + STOP_TIMEOUT, server.stop()).await);
     served?;
     if let (Some(dump), Some(path)) = (dump, &args.dump) {
         dump.write(&*table)?;
@@ -68,6 +76,14 @@ pub(super) async fn run(args: &Serve, output: &Output) -> Result<ExitCode, Failu
         }
     }
     Ok(ExitCode::SUCCESS)
+}
+
+fn config(args: &Serve) -> Result<ServerConfig, Failure> {
+    let mut config = ServerConfig { drain_timeout: args.drain_timeout, ..ServerConfig::default() };
+    if let Some(token) = credentials::token(args.token_file.as_deref())? {
+        config.authorize = Arc::new(token);
+    }
+    Ok(config)
 }
 
 /// Where the history goes on, if it does. That is used up: were it used twice, there would be two histories

@@ -15,8 +15,7 @@ use super::follow::EVENT_CAPACITY;
 use super::ndjson::Fields;
 use super::progress::DiffBar;
 use super::signals::Signals;
-use super::{Failure, STOP_TIMEOUT, Verify, file};
-use crate::access::tcp::TcpAccess;
+use super::{Failure, STOP_TIMEOUT, Verify, credentials, file};
 use crate::{
     Client, ClientConfig, DiffOutcome, DiffReport, Error, Event as Happened, Hash, Key,
     Reader as _, Revision, StoreError, Value,
@@ -66,13 +65,15 @@ pub(super) async fn run(args: &Verify, output: &Output) -> Result<ExitCode, Fail
     let mut signals = Signals::new()?;
     let config = ClientConfig {
         name: "tablecast verify".to_owned(),
+        token: credentials::token(args.credentials.token_file.as_deref())?,
         // What is repaired is a copy, however much it is.
         mass_delete: None,
         scrub: false,
         event_capacity: EVENT_CAPACITY,
         ..ClientConfig::default()
     };
-    let client = Client::start(config, store, TcpAccess::new(&*args.connect))?;
+    let access = credentials::access(&args.connect, &args.credentials)?;
+    let client = Client::start(config, store, access)?;
     let table = client.reader().clone();
     let mut events = client.events().await?;
     client.ready().await?;

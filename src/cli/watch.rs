@@ -8,21 +8,22 @@ use tokio::sync::broadcast::error::RecvError;
 use super::events::{Closed, Event, Output};
 use super::follow::EVENT_CAPACITY;
 use super::signals::Signals;
-use super::{Failure, STOP_TIMEOUT, Watch};
-use crate::access::tcp::TcpAccess;
+use super::{Failure, STOP_TIMEOUT, Watch, credentials};
 use crate::{Client, ClientConfig, DiffOutcome, Error, Event as Happened, MemoryStore};
 
 pub(super) async fn run(args: &Watch, output: &Output) -> Result<ExitCode, Failure> {
     let mut signals = Signals::new()?;
     let config = ClientConfig {
         name: "tablecast watch".to_owned(),
+        token: credentials::token(args.credentials.token_file.as_deref())?,
         // Nobody relies on this table: what happened is what there is to see.
         mass_delete: None,
         scrub: false,
         event_capacity: EVENT_CAPACITY,
         ..ClientConfig::default()
     };
-    let client = Client::start(config, MemoryStore::new(), TcpAccess::new(&*args.connect))?;
+    let access = credentials::access(&args.connect, &args.credentials)?;
+    let client = Client::start(config, MemoryStore::new(), access)?;
     let events = client.events().await?;
     client.ready().await?;
     let watched = tokio::select! {

@@ -2,6 +2,7 @@
 
 mod follow;
 mod http;
+mod network;
 mod resume;
 mod verify;
 mod watch;
@@ -64,11 +65,22 @@ impl Program {
         program
     }
 
+    fn start_with(args: &[&str], variables: &[(&str, &str)]) -> Self {
+        let (mut program, stdout) = Self::spawn(args, variables);
+        program.stdout = lines(stdout);
+        program
+    }
+
     /// Its stdout is the caller's to read.
     fn start_unread<const N: usize>(args: [&str; N]) -> (Self, ChildStdout) {
+        Self::spawn(&args, &[])
+    }
+
+    fn spawn(args: &[&str], variables: &[(&str, &str)]) -> (Self, ChildStdout) {
         let mut child = Command::new(env!("CARGO_BIN_EXE_tablecast"))
             .args(args)
             .env_remove("RUST_LOG")
+            .envs(variables.iter().copied())
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
@@ -401,6 +413,9 @@ fn wrong_usage_is_exit_code_2() {
         &["follow", "--connect", "127.0.0.1:1", "--resume"],
         &["follow", "--connect", "127.0.0.1:1", "--name", &"n".repeat(256)],
         &["serve", "--listen", "127.0.0.1:0", "--http-writes-from-anywhere"],
+        &["serve", "--listen", "127.0.0.1:0", "--tls-cert", "c"],
+        &["serve", "--listen", "127.0.0.1:0", "--tls-ca", "c"],
+        &["follow", "--connect", "127.0.0.1:1", "--tls-cert", "c", "--tls-key", "k"],
         &["verify", "--connect", "127.0.0.1:1"],
         &["put", "key", "value"],
         &["get", "not base64", "--key-base64", "--http", "127.0.0.1:1"],

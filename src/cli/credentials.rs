@@ -1,0 +1,69 @@
+//! What the ends show each other: tokens and certificates, from files.
+
+use std::net::ToSocketAddrs;
+use std::path::Path;
+use std::sync::Arc;
+
+use anyhow::{Context as _, anyhow};
+
+use super::{Credentials, Failure, Serve};
+use crate::Token;
+use crate::access::Access;
+use crate::access::tcp::TcpAccess;
+use crate::access::tls::{TlsAccess, client_config, rustls, server_config};
+
+/// How to reach the server at HOST:PORT.
+pub(super) fn access(connect: &str, args: &Credentials) -> Result<Box<dyn Access>, Failure> {
+    let tcp = TcpAccess::new(connect);
+    let Some(ca) = &args.tls_ca else { return Ok(Box::new(tcp)) };
+    let identity = match (&args.tls_cert, &args.tls_key) {
+        (Some(certificate), Some(key)) => Some((read(certificate)?, read(key)?)),
+        _ => None,
+    };
+    let identity = identity.as_ref().map(|(certificate, key)| (&**certificate, &**key));
+    let config = client_config(&read(ca)?, identity).context("TLS").map_err(Failure::Input)?;
+    let host = connect.rsplit_once(':').map_or(connect, |(host, _)| host);
+    let host = host.trim_start_matches('[').trim_end_matches(']');
+    let access = TlsAccess::new(tcp, host, config);
+    let access = access.with_context(|| format!("TLS with {host:?}")).map_err(Failure::Input)?;
+    Ok(Box::new(access))
+}
+
+/// The token in a file, without the end of its line.
+pub(super) fn token(path: Option<&Path>) -> Result<Option<Token>, Failure> {
+    let Some(path) = path else { return Ok(None) };
+    let mut bytes = read(path)?;
+    for end in [b'\n', b'\r'] {
+        bytes.pop_if(|last| *last == end);
+    }
+    let token = Token::new(bytes).with_context(|| path.display().to_string());
+    Ok(Some(token.map_err(Failure::Input)?))
+}
+
+/// What a server shows its followers; `None` is that there is no TLS.
+pub(super) fn tls(args: &Serve) -> Result<Option<Arc<rustls::ServerConfig>>, Failure> {
+    let (Some(certificate), Some(key)) = (&args.tls_cert, &args.tls_key) else { return Ok(None) };
+    let ca = args.tls_ca.as_deref().map(read).transpose()?;
+    let config = server_config(&read(certificate)?, &read(key)?, ca.as_deref());
+    Ok(Some(config.context("TLS").map_err(Failure::Input)?))
+}
+
+/// Whoever reaches the address would have the table: that is refused, unless it is meant.
+pub(super) fn check(args: &Serve) -> Result<(), Failure> {
+    let asks = args.token_file.is_some() || args.tls_ca.is_some();
+    // An address that is none is said to be so when it is listened at.
+    let mut addresses = args.listen.to_socket_addrs().into_iter().flatten();
+    if asks || args.insecure || addresses.all(|at| at.ip().to_canonical().is_loopback()) {
+        return Ok(());
+    }
+    Err(Failure::Input(anyhow!(
+        "whoever reaches {} could follow: ask for a token (--token-file) or for certificates (--tls-ca), \
+         or say that it is meant (--insecure)",
+        args.listen
+    )))
+}
+
+fn read(path: &Path) -> Result<Vec<u8>, Failure> {
+    let read = std::fs::read(path).with_context(|| format!("cannot read {}", path.display()));
+    read.map_err(Failure::Input)
+}
