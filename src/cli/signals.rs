@@ -1,11 +1,19 @@
 //! What tells the command to end: SIGINT and SIGTERM, or Ctrl-C where there are no signals.
 
 use std::io;
+#[cfg(unix)]
+use std::sync::Arc;
+#[cfg(unix)]
+use std::sync::atomic::AtomicBool;
+
+#[cfg(unix)]
+use signal_hook::{consts, flag};
 
 #[cfg(unix)]
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
-/// From its making on, these signals do not end the process by themselves.
+/// From its making on, the first of these signals does not end the process by itself. The second one does, with
+/// exit code 1, whatever the process is at.
 #[cfg(unix)]
 pub(super) struct Signals {
     interrupt: Signal,
@@ -15,6 +23,12 @@ pub(super) struct Signals {
 #[cfg(unix)]
 impl Signals {
     pub(super) fn new() -> io::Result<Self> {
+        let told = Arc::new(AtomicBool::new(false));
+        for signal in [consts::SIGINT, consts::SIGTERM] {
+            // What is registered first is done first.
+            flag::register_conditional_shutdown(signal, 1, Arc::clone(&told))?;
+            flag::register(signal, Arc::clone(&told))?;
+        }
         Ok(Self {
             interrupt: signal(SignalKind::interrupt())?,
             terminate: signal(SignalKind::terminate())?,

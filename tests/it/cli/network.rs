@@ -185,3 +185,15 @@ fn who_does_not_read_does_not_hold_up_the_end() {
     server.signal("TERM");
     assert_eq!(server.end().code, Some(0));
 }
+
+#[test]
+fn a_second_signal_ends_it_at_once() {
+    let args = ["serve", "--listen", "127.0.0.1:0", "--stdin", "--json", "--drain-timeout", "600"];
+    let (mut server, listen) = serve(args);
+    let _stream = stuck(&listen);
+    fill(&mut server);
+    server.signal("TERM");
+    until_deaf(&listen);
+    server.signal("INT");
+    assert_eq!(server.end().code, Some(1));
+}
