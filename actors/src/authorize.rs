@@ -14,7 +14,8 @@ const BIN: u8 = 0xc4;
 
 /// Decides who may follow.
 ///
-/// It is called on the thread that serves the connection, once for each, and must not block.
+/// It is called on the thread that serves the connection, once for each, and must not block. A panic
+/// in it ends that connection.
 ///
 /// ```
 /// use tablecast_actors::{Applicant, Authorize};

@@ -194,6 +194,31 @@ async fn who_is_refused_comes_back_later_each_time() {
     }
 }
 
+#[derive(Debug)]
+struct Panics;
+
+impl Authorize for Panics {
+    fn authorize(&self, follower: &Applicant<'_>) -> Result<(), String> {
+        assert_ne!(follower.name, "odd", "of no consequence for others");
+        Ok(())
+    }
+}
+
+#[actix_rt::test]
+async fn a_decision_that_panics_ends_its_own_connection() {
+    let config = ServerConfig { authorize: Arc::new(Panics), ..ServerConfig::default() };
+    let (server, address) = serve(config, filled(10)).await;
+    let follower = |name: &str| {
+        let access = TcpAccess::new(address.to_string());
+        client(ClientConfig { name: name.to_owned(), ..quick() }, access)
+    };
+    let odd = follower("odd");
+    not_connected(&odd, "").await;
+    assert!(connect(&follower("even")).await.equal());
+    assert!(!odd.status().await.unwrap().connected);
+    assert_eq!(server.followers().await.unwrap().len(), 1);
+}
+
 #[actix_rt::test]
 async fn the_decision_knows_name_address_token_and_certificate() {
     let (sender, asked) = mpsc::channel();
