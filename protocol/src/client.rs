@@ -490,7 +490,7 @@ impl Session {
         } else {
             let at = Position { epoch, revision, chain };
             if way.resumes() {
-                if self.presented != Some(at) {
+                if self.presented != Some(at) && !self.broken.breaks(Mutation::ResumedElsewhere) {
                     let stands = self.presented.map_or(0, |at| at.revision.0);
                     let (got, revision) = ("Welcome", revision.0);
                     return Err(ProtocolError::Revision { got, revision, stands });
@@ -500,6 +500,7 @@ impl Session {
                     way == Way::Resumed || self.broken.breaks(Mutation::CatchUpKeepsPosition);
                 self.catching_up = true;
             }
+            self.whole |= self.broken.breaks(Mutation::NewcomerHasPosition);
             let shortened = way == Way::Shortened;
             self.state = if shortened { State::CatchUp(revision) } else { State::Relay };
             self.stream = Some(at);
@@ -521,7 +522,7 @@ impl Session {
         if first != stream.revision.next() {
             return Err(ProtocolError::Gap { expected: stream.revision.next().0, got: first.0 });
         }
-        if before != stream.chain.tag() {
+        if before != stream.chain.tag() && !self.broken.breaks(Mutation::ChainUnchecked) {
             return Err(ProtocolError::Chain { revision: stream.revision.0 });
         }
         let changes: Vec<(Change, Digest)> = changes.into_iter().map(digested).collect();
@@ -584,7 +585,7 @@ impl Session {
                 return names("CaughtUp", revision);
             }
             (stream.revision, stream.chain) = (revision, chain);
-            self.whole = !self.refused;
+            self.whole = !self.refused || self.broken.breaks(Mutation::RefusalForgotten);
             self.catching_up = false;
             self.state = State::Relay;
             self.outputs.push_back(Output::CaughtUp(revision));
@@ -616,7 +617,7 @@ impl Session {
             return Err(ProtocolError::Revision { got: "FellBehind", revision, stands });
         }
         (stream.revision, stream.chain) = (revision, chain);
-        self.whole = false;
+        self.whole &= self.broken.breaks(Mutation::JumpKeepsPosition);
         self.catching_up = false;
         self.jumps = jumps;
         self.outputs.push_back(Output::FellBehind(revision));
@@ -665,6 +666,10 @@ impl Session {
             ) if id == diff.id => {
                 diff.counts.rounds = diff.counts.rounds.max(1);
                 (diff.announced, diff.left) = ((writes, deletes), (writes, deletes));
+                self.whole |= self.broken.breaks(Mutation::PositionBeforeRepairs);
+                if self.broken.breaks(Mutation::HeldRepairsTaken) {
+                    diff.max_deletes = u64::MAX;
+                }
                 self.progress(DiffPhase::Repair, &diff);
                 Ok(State::PostDiff { diff })
             }
@@ -711,7 +716,9 @@ impl Session {
                     return Err(ProtocolError::Chain { revision: revision.0 });
                 }
                 // A key that could not be repaired is missing still.
-                self.whole = diff.counts.failed.saturating_add(failed) == 0 && !self.refused;
+                self.whole = (diff.counts.failed.saturating_add(failed) == 0
+                    || self.broken.breaks(Mutation::FailedKeepsPosition))
+                    && (!self.refused || self.broken.breaks(Mutation::RefusalForgotten));
                 diff.counts.suppressed = suppressed;
                 diff.counts.failed = diff.counts.failed.saturating_add(failed);
                 self.progress(DiffPhase::Compare, &diff);
@@ -727,7 +734,10 @@ impl Session {
 
     fn verify(&mut self, revision: Revision, root: Hash) {
         match &mut self.check {
-            Some(check) if check.mark == revision && check.theirs.is_none() => {
+            Some(check)
+                if (check.mark == revision || self.broken.breaks(Mutation::VerifyAnyMark))
+                    && check.theirs.is_none() =>
+            {
                 check.theirs = Some(root);
                 self.compare();
             }
@@ -745,7 +755,8 @@ impl Session {
         }
         // One whose root is still awaited stays: a table is looked through once at a time.
         let busy = self.check.as_ref().is_some_and(|check| check.ours.is_none());
-        if (self.whole || self.held) && !self.is_comparing() && !busy && *state == State::Relay {
+        let whole = self.whole || self.held || self.broken.breaks(Mutation::MarkWhileMissing);
+        if whole && !self.is_comparing() && !busy && *state == State::Relay {
             self.checkpoints += 1;
             let number = self.checkpoints;
             self.check = Some(Check { of: None, number, mark: revision, ours: None, theirs: None });
@@ -761,7 +772,8 @@ impl Session {
             self.outputs.push_back(Output::Send(ToServer::Verified { revision: mark, root }));
             // A position that is known to be wrong is none, and a table that is equal is whole.
             let (equal, held) = (root == server_root, std::mem::take(&mut self.held));
-            self.whole = equal && (self.whole || held);
+            self.whole = (equal || self.broken.breaks(Mutation::UnequalKeepsPosition))
+                && (self.whole || held);
             let revision = mark;
             match of {
                 Some((diff, counts)) => self.outputs.push_back(Output::DiffDone {
@@ -895,7 +907,7 @@ impl Session {
 
     /// The store refused a live change of [`Output::Apply`]: the table is not whole until a diff.
     pub fn handle_refused(&mut self) {
-        self.whole = false;
+        self.whole &= self.broken.breaks(Mutation::RefusedKeepsPosition);
         // The diff that runs may leave its key out, as one that a live change brought.
         self.refused = true;
     }

@@ -8,6 +8,7 @@ use std::time::Duration;
 use bytes::Bytes;
 
 use crate::message::{DiffId, Way};
+use crate::mutation::{Broken, Mutation};
 use crate::position::{Chain, Epoch, Position, Revision};
 use crate::tree::{Hash, KeyHash};
 
@@ -54,6 +55,7 @@ pub struct Log {
     /// Places at which the stream of one follower is to end its diff.
     marks: BTreeMap<(FollowerId, DiffId), (Revision, Chain)>,
     checkpoint: Option<Checkpoint>,
+    broken: Broken,
 }
 
 /// A mark for all followers, the newest: each that passes it compares its root with the server's.
@@ -94,7 +96,14 @@ impl Log {
             chain,
             marks: BTreeMap::new(),
             checkpoint: None,
+            broken: Broken::default(),
         }
+    }
+
+    /// Breaks a rule from here on, so that a test can show that it would be noticed.
+    #[cfg(feature = "mutations")]
+    pub fn mutate(&mut self, mutation: Mutation) {
+        self.broken = Broken::by(mutation);
     }
 
     /// Appends what follows the head; `chain` is the chain behind it, `now` is counted from whatever the
@@ -138,7 +147,7 @@ impl Log {
     /// chain proves that everything before is the same.
     pub fn way(&self, epoch: Epoch, presented: Option<&Position>) -> Way {
         let Some(at) = presented else { return Way::NoPosition };
-        if at.epoch != epoch {
+        if at.epoch != epoch && !self.broken.breaks(Mutation::ResumeAnyEpoch) {
             return Way::OtherEpoch;
         }
         if at.revision > self.head {
@@ -151,7 +160,11 @@ impl Log {
             // No stream of this history stands within a frame.
             Next::Fell => return Way::OtherChain,
         };
-        if chain == at.chain { Way::Resumed } else { Way::OtherChain }
+        if chain == at.chain || self.broken.breaks(Mutation::ResumeAnyChain) {
+            Way::Resumed
+        } else {
+            Way::OtherChain
+        }
     }
 
     /// Marks the head for a follower's diff. Whoever reads the log up to here sees the mark before

@@ -528,7 +528,9 @@ impl Session {
                 return Err(unexpected);
             }
             (State::Relay, ToServer::SyncReq { diff, jumps, full, root, len, max_deletes })
-                if diff > self.last_diff && self.mark_due.is_none() && self.verifying.is_none() =>
+                if (diff > self.last_diff || self.broken.breaks(Mutation::DiffNumberTwice))
+                    && (self.mark_due.is_none() && self.verifying.is_none()
+                        || self.broken.breaks(Mutation::DiffWhileComparing)) =>
             {
                 self.last_diff = diff;
                 self.checking.clear();
@@ -537,14 +539,16 @@ impl Session {
             }
             (State::Relay | State::Diff(_), ToServer::SyncReq { .. }) => return Err(unexpected),
             (State::Diff(at), ToServer::SyncResponse { diff, answer: Raw(answer) })
-                if diff == at.id =>
+                if diff == at.id || self.broken.breaks(Mutation::AnswerOfAnyDiff) =>
             {
                 State::Diff(self.answered(at, answer).ok_or(unexpected)?)
             }
             // It crossed the abort of its diff.
             (state, ToServer::SyncResponse { diff, .. }) if diff <= self.last_diff => state,
             (_, ToServer::SyncResponse { .. }) => return Err(unexpected),
-            (_, ToServer::RepairAck { diff, .. }) if diff != self.last_diff => {
+            (_, ToServer::RepairAck { diff, .. })
+                if diff != self.last_diff && !self.broken.breaks(Mutation::AckOfAnyDiff) =>
+            {
                 return Err(unexpected);
             }
             (mut state, ToServer::RepairAck { micros, .. }) => {
@@ -616,7 +620,7 @@ impl Session {
     }
 
     fn request(&mut self, jumps: u32, diff: Diff) -> State {
-        if jumps != self.jumps {
+        if jumps != self.jumps && !self.broken.breaks(Mutation::StaleRequest) {
             let reason = AbortReason::Stale;
             self.control.push_back(ToClient::SyncAbort { diff: diff.id, reason });
             return State::Relay;
@@ -660,6 +664,11 @@ impl Session {
         self.state = state;
         self.way = Some(way);
         self.cursor = at.revision.next();
+        if let Some(head) = self.missed
+            && self.broken.breaks(Mutation::ResumeAtHead)
+        {
+            self.cursor = head.revision.next();
+        }
         self.control.push_back(ToClient::Welcome {
             version: VERSION,
             tree: TREE_VERSION,
@@ -708,6 +717,7 @@ impl Session {
     /// The Differ asks or is done.
     pub fn handle_step(&mut self, diff: DiffId, step: Step) {
         let ends = self.broken.breaks(Mutation::RecordingEndsWithWalk);
+        let hold = !self.broken.breaks(Mutation::HeldRepairsSent);
         let turn = self.sent();
         let Some(at) = self.diff(diff) else { return };
         let diff = at.id;
@@ -721,7 +731,7 @@ impl Session {
             Step::Done(found) => {
                 let (writes, deletes) = (found.writes.len() as u64, found.deletes.len() as u64);
                 (at.served.writes, at.served.deletes) = (writes, deletes);
-                let held = deletes > at.max_deletes;
+                let held = hold && deletes > at.max_deletes;
                 at.recording = !ends;
                 at.phase = Phase::Repair(Repair {
                     found: Arc::new(found),
@@ -757,7 +767,8 @@ impl Session {
     }
 
     /// What the server read for a repair.
-    pub fn handle_values(&mut self, diff: DiffId, values: Values) {
+    pub fn handle_values(&mut self, diff: DiffId, mut values: Values) {
+        let early = self.broken.breaks(Mutation::SuppressAtReading);
         if let Some(at) = self.diff(diff)
             && let Phase::Repair(repair) = &mut at.phase
             && repair.ready.is_none()
@@ -765,6 +776,9 @@ impl Session {
             repair.next = values.next;
             repair.suppressed += values.changed;
             repair.failed.extend(&values.failed);
+            if early {
+                repair.suppressed += suppress(&at.updated, &mut values, true);
+            }
             repair.ready = Some(values);
         }
     }
@@ -919,7 +933,8 @@ impl Session {
 
     /// Says so when a follower that was resumed has been sent all that it had missed.
     fn end_of_missed(&mut self) {
-        let sent = |missed: &mut Position| missed.revision.next() == self.cursor;
+        let early = self.broken.breaks(Mutation::CaughtUpEarly);
+        let sent = |missed: &mut Position| early || missed.revision.next() == self.cursor;
         if let Some(Position { revision, chain, .. }) = self.missed.take_if(sent) {
             self.control.push_back(ToClient::CaughtUp { revision, chain });
         }
@@ -993,7 +1008,7 @@ impl Session {
         {
             at.updated.extend(chunk.keys.iter());
             let (id, full) = (at.id, at.updated.len() > self.config.updated_keys);
-            if full {
+            if full && !self.broken.breaks(Mutation::UpdatedUnbounded) {
                 self.abort(id, AbortReason::Updated);
             }
         }
@@ -1021,7 +1036,9 @@ impl Session {
         let Phase::Mark { suppressed, failed, root, .. } = at.phase else { return };
         let (diff, served) = (at.id, Served { suppressed, failed, ..at.served });
         let Some((revision, chain)) = log.marked(self.follower, diff) else { return };
-        if self.cursor < revision.next() {
+        if self.cursor < revision.next() && !self.broken.breaks(Mutation::EndMarkOvertakes)
+            || self.cursor <= log.head() && self.broken.breaks(Mutation::LivePassesMark)
+        {
             return;
         }
         self.state = State::Relay;
@@ -1041,7 +1058,9 @@ impl Session {
         let (number, told) = self.checkpoint;
         // Whoever runs a diff compares at its end.
         let open = self.state == State::Relay && self.checking.len() < MAX_CHECKING;
-        if newest.number != number && self.cursor == newest.revision.next() && open {
+        let here =
+            self.cursor == newest.revision.next() || self.broken.breaks(Mutation::MarkAnywhere);
+        if newest.number != number && here && open {
             self.checkpoint = (newest.number, false);
             self.control.push_back(ToClient::Mark { revision: newest.revision });
         } else if newest.number == number
@@ -1059,8 +1078,11 @@ impl Session {
     /// Rules 3, 4 and 5: sends the repairs that were read, if the stream has come far enough.
     fn repair(&mut self, log: &Log) {
         let hold = !self.broken.breaks(Mutation::NoHold);
-        let suppress = !self.broken.breaks(Mutation::NoSuppression);
-        let window = self.unacknowledged < self.config.repair_window;
+        let late = !self.broken.breaks(Mutation::NoSuppression)
+            && !self.broken.breaks(Mutation::SuppressAtReading);
+        let deletes = !self.broken.breaks(Mutation::NoDeleteSuppression);
+        let window = self.unacknowledged < self.config.repair_window
+            || self.broken.breaks(Mutation::NoWindow);
         let State::Diff(at) = &mut self.state else { return };
         let Phase::Repair(repair) = &mut at.phase else { return };
         let due = |values: &mut Values| {
@@ -1068,11 +1090,8 @@ impl Session {
         };
         let Some(mut values) = repair.ready.take_if(|values| window && due(values)) else { return };
 
-        if suppress {
-            let read = values.writes.len() + values.deletes.len();
-            values.writes.retain(|(hash, ..)| !at.updated.contains(hash));
-            values.deletes.retain(|prefix| !any_covered(&at.updated, *prefix));
-            repair.suppressed += (read - values.writes.len() - values.deletes.len()) as u64;
+        if late {
+            repair.suppressed += suppress(&at.updated, &mut values, deletes);
         }
         repair.turn = log.head();
         self.progress += 1;
@@ -1212,6 +1231,14 @@ pub(crate) fn limits_text(theirs: (u64, u64, u64), ours: &Limits) -> String {
         "peer's frames, keys and values are of up to {frame}, {key} and {value} bytes, \
          this end's of up to {frame_bytes}, {key_bytes} and {value_bytes}"
     )
+}
+
+/// Takes out what was updated meanwhile; how much that is.
+fn suppress(updated: &BTreeSet<KeyHash>, values: &mut Values, deletes: bool) -> u64 {
+    let read = values.writes.len() + values.deletes.len();
+    values.writes.retain(|(hash, ..)| !updated.contains(hash));
+    values.deletes.retain(|prefix| !deletes || !any_covered(updated, *prefix));
+    (read - values.writes.len() - values.deletes.len()) as u64
 }
 
 fn any_covered(updated: &BTreeSet<KeyHash>, prefix: KeyPrefix) -> bool {

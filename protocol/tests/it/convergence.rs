@@ -241,6 +241,27 @@ fn notices_a_jump_that_does_not_abort() {
     caught(Mutation::JumpKeepsDiff);
 }
 
+#[test]
+fn notices_most_other_mutations() {
+    for mutation in [
+        Mutation::NoDeleteSuppression,
+        Mutation::SuppressAtReading,
+        Mutation::EndMarkOvertakes,
+        Mutation::LivePassesMark,
+        Mutation::StaleRequest,
+        Mutation::HeldRepairsSent,
+        Mutation::ResumeAtHead,
+        Mutation::CaughtUpEarly,
+        Mutation::MarkAnywhere,
+        Mutation::NewcomerHasPosition,
+        Mutation::JumpKeepsPosition,
+        Mutation::PositionBeforeRepairs,
+        Mutation::HeldRepairsTaken,
+    ] {
+        println!("{mutation:?}: {}", caught(mutation));
+    }
+}
+
 /// Whatever the tests of the tests find, the same runs pass unbroken.
 #[test]
 fn the_same_runs_pass_unbroken() {

@@ -286,9 +286,17 @@ impl World {
         self.epoch += 1;
         self.table.ready(Epoch::from_bytes([self.epoch; 16]));
         let at = self.table.position().unwrap();
-        self.log = Log::new(self.config.log_bytes, at.revision, at.chain);
+        self.log = self.new_log(at.revision, at.chain);
         self.history = vec![contents(&self.store)];
         self.chains = vec![at.chain];
+    }
+
+    fn new_log(&self, revision: Revision, chain: Chain) -> Log {
+        let mut log = Log::new(self.config.log_bytes, revision, chain);
+        if let Some(mutation) = self.config.mutation {
+            log.mutate(mutation);
+        }
+        log
     }
 
     pub fn act(&mut self, action: Action) -> Checked {
@@ -405,7 +413,7 @@ impl World {
         self.table = Table::open(self.store.clone(), Limits::default()).unwrap();
         let (revision, chain) = (Revision(revision as u64), self.chains[revision]);
         self.table.continue_from(Position { epoch, revision, chain });
-        self.log = Log::new(self.config.log_bytes, revision, chain);
+        self.log = self.new_log(revision, chain);
     }
 
     fn spoil(&mut self, index: usize, number: u8) {

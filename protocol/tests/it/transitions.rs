@@ -12,9 +12,9 @@ use tablecast_protocol::diff::{Answer, Difference, Query, Step, Walk, Widths, an
 use tablecast_protocol::server::{self, Close, Event, Served, SessionConfig, Transmit};
 use tablecast_protocol::wire::{self, Changes, HEADER_BYTES, Message, Raw, VERSION};
 use tablecast_protocol::{
-    AbortReason, Chain, ChainTag, Change, DecodeError, DiffId, Digest, Epoch, FollowerId, Hash,
-    HeartbeatConfig, Limits, Log, MemoryStore, Missed, Position, Reason, Replica, Revision,
-    Shortened, Table, ToClient, ToServer, Tree, Way,
+    AbortReason, Chain, ChainTag, Change, DecodeError, DiffId, Digest, Entry, Epoch, FollowerId,
+    Hash, HeartbeatConfig, Limits, Log, MemoryStore, Missed, Mutation, Position, Reason, Replica,
+    Revision, Shortened, Table, ToClient, ToServer, Tree, Way,
 };
 
 const PAGE: &str = include_str!("../../../docs/protocol.md");
@@ -91,6 +91,19 @@ const CLIENT_END: &str = "\n### The client's end\n";
 
 // The server's end.
 
+thread_local! {
+    /// The rule that the sessions of this thread break: none, but in the last test.
+    static BROKEN: std::cell::Cell<Option<Mutation>> = const { std::cell::Cell::new(None) };
+}
+
+fn server_session(config: SessionConfig) -> server::Session {
+    let mut session = server::Session::new(config, FollowerId(1), NOW);
+    if let Some(mutation) = BROKEN.get() {
+        session.mutate(mutation);
+    }
+    session
+}
+
 const DIFF: DiffId = DiffId(1);
 const NEXT_DIFF: DiffId = DiffId(2);
 
@@ -133,7 +146,7 @@ fn one_by_one() -> SessionConfig {
 
 impl ServerEnd {
     fn new() -> Self {
-        let session = server::Session::new(one_by_one(), FollowerId(1), NOW);
+        let session = server_session(one_by_one());
         let log = Log::new(1 << 20, Revision::ZERO, Chain::START);
         Self { session, log, events: Vec::new(), sent: Vec::new() }
     }
@@ -673,7 +686,10 @@ impl ClientEnd {
 
     fn at(limits: Limits, position: Option<Position>) -> Self {
         let heartbeat = HeartbeatConfig::default();
-        let session = client::Session::new("", limits, heartbeat, position, NOW);
+        let mut session = client::Session::new("", limits, heartbeat, position, NOW);
+        if let Some(mutation) = BROKEN.get() {
+            session.mutate(mutation);
+        }
         let mut end = Self { session, outputs: Vec::new(), progress: Vec::new() };
         end.act(|_| {});
         assert!(matches!(end.outputs[..], [Output::Send(ToServer::Hello { .. })]));
@@ -1120,6 +1136,17 @@ fn a_diff_makes_the_position_whole() {
 }
 
 #[test]
+fn a_refused_live_change_leaves_no_position() {
+    let mut end = ClientEnd::at(Limits::default(), Some(start()));
+    end.message(resumed(start(), Way::Resumed));
+    let message = to_client("Live", &end);
+    end.message(message);
+    assert_eq!(end.session.position(), end.session.stream());
+    end.act(client::Session::handle_refused);
+    assert_eq!(end.session.position(), None);
+}
+
+#[test]
 fn a_refused_live_change_in_the_middle_of_a_diff_leaves_no_position() {
     let root = server_tree().root();
     for stage in ["preparing", "waiting", "diff", "answered", "announced", "repaired"] {
@@ -1290,7 +1317,7 @@ impl Behind {
     /// A session whose follower presents the position, and is subscribed there.
     fn subscribed(&self, config: SessionConfig) -> ServerEnd {
         let mut end = ServerEnd::new();
-        end.session = server::Session::new(config, FollowerId(1), NOW);
+        end.session = server_session(config);
         end.log = self.log.clone();
         end.message(ToServer::hello("", &Limits::default(), Some(self.at)));
         assert!(matches!(end.events[..], [Event::Subscribe { .. }]));
@@ -1871,7 +1898,7 @@ fn the_client_closes_on_a_repair_that_should_have_been_held() {
 fn the_client_closes_on_prefixes_that_hit_more_keys_than_allowed() {
     let tree = Tree::build((0..20_000_u16).map(|n| (n.to_be_bytes(), "value")));
     let hits = |first: u8| {
-        let below = |entry: &&tablecast_protocol::Entry| entry.key_hash().as_bytes()[0] == first;
+        let below = |entry: &&Entry| entry.key_hash().as_bytes()[0] == first;
         tree.iter().filter(below).count() as u64
     };
     let (one, two) = (hits(1), hits(2));
@@ -1937,7 +1964,7 @@ fn repairs_hold_what_a_frame_does() {
     table.ready(epoch());
     let config = SessionConfig { limits, ..SessionConfig::default() };
     let mut end = ServerEnd::new();
-    end.session = server::Session::new(config, FollowerId(1), NOW);
+    end.session = server_session(config);
     end.message(ToServer::hello("", &limits, None));
     end.act(|session| {
         let at = table.position().unwrap();
@@ -1975,6 +2002,58 @@ fn repairs_hold_what_a_frame_does() {
     }
     assert_eq!((writes, deletes), (200, 200));
     assert_eq!(end.events, [Event::Mark(DIFF)]);
+}
+
+/// A diff that has just been admitted.
+fn admitted(table: &Table, config: SessionConfig) -> ServerEnd {
+    let mut end = ServerEnd::new();
+    end.session = server_session(config);
+    end.message(ToServer::hello("", &Limits::default(), None));
+    let at = table.position().unwrap();
+    end.act(|session| session.handle_subscribed(at, Way::NoPosition, at));
+    end.message(sync_req(DIFF));
+    end.act(|session| session.handle_admitted(DIFF));
+    assert_eq!(end.events, [Event::Snapshot(DIFF)]);
+    end
+}
+
+#[test]
+fn two_repairs_are_sent_without_an_acknowledgement() {
+    let entries = (0..5_u8).map(|n| (vec![n].into(), "value".into()));
+    let mut table = Table::open(entries.collect::<MemoryStore>(), Limits::default()).unwrap();
+    table.ready(epoch());
+    let mut end = admitted(&table, SessionConfig { repair_bytes: 1, ..SessionConfig::default() });
+    end.act(|session| session.handle_snapshot(DIFF, table.tree().clone()));
+    let writes = (0..5_u8).map(|n| Entry::new(&[n], b"")).collect();
+    let found = Difference { writes, deletes: Vec::new() };
+    end.act(|session| session.handle_step(DIFF, Step::Done(found)));
+    let mut read = |end: &mut ServerEnd| {
+        let [Event::Read { found, from, max_bytes, .. }] = &end.events[..] else { panic!() };
+        let values = table.read(found, *from, *max_bytes);
+        end.act(|session| session.handle_values(DIFF, values)).sent.len()
+    };
+    assert_eq!([(); 3].map(|()| read(&mut end)), [1, 1, 0]);
+    end.message(to_server("RepairAck"));
+    assert!(matches!(end.sent[..], [ToClient::Repair { .. }]));
+    assert_eq!(read(&mut end), 0);
+}
+
+#[test]
+fn more_updated_keys_than_are_remembered_end_a_diff() {
+    let mut table = server_table();
+    let mut end = admitted(&table, SessionConfig { updated_keys: 2, ..SessionConfig::default() });
+    let mut write = |keys: &[&'static str]| {
+        let changes: Vec<_> = keys.iter().map(|key| Change::write(*key, "3")).collect();
+        table.write(&changes).unwrap();
+        table.seal();
+        let (chunk, chain) = table.next_chunk().unwrap();
+        end.log.push(chunk, chain, NOW);
+        end.act(|_| {}).sent.clone()
+    };
+    assert!(matches!(write(&["a", "b"])[..], [ToClient::Live { .. }]));
+    assert!(matches!(write(&["a"])[..], [ToClient::Live { .. }]));
+    let aborted = ToClient::SyncAbort { diff: DIFF, reason: AbortReason::Updated };
+    assert_eq!(write(&["c"])[1..], [aborted]);
 }
 
 #[test]
@@ -2270,5 +2349,39 @@ fn a_ping_is_answered() {
         let mut end = client_stage(stage);
         end.message(ToClient::Ping {});
         assert_eq!(end.outputs, [Output::Send(ToServer::Pong {})], "{stage}");
+    }
+}
+
+/// A test of the above that fails if a rule is broken.
+#[test]
+fn notices_what_is_broken() {
+    use Mutation as M;
+    let noticed: &[(Mutation, fn())] = &[
+        (M::UpdatedUnbounded, more_updated_keys_than_are_remembered_end_a_diff),
+        (M::NoWindow, two_repairs_are_sent_without_an_acknowledgement),
+        (M::AnswerOfAnyDiff, the_server_obeys_its_table),
+        (M::AckOfAnyDiff, the_server_closes_on_an_acknowledgement_of_another_diff),
+        (M::HeldRepairsSent, the_server_holds_a_repair_that_deletes_too_much),
+        (M::DiffNumberTwice, the_server_closes_on_a_diff_number_used_before),
+        (M::DiffWhileComparing, the_server_closes_on_a_diff_before_the_last_is_compared),
+        (M::ResumeAtHead, small_frames_that_were_missed_are_put_together),
+        (M::CaughtUpEarly, small_frames_that_were_missed_are_put_together),
+        (M::CatchUpKeepsPosition, a_shortened_catch_up_has_a_position_at_its_end),
+        (M::NewcomerHasPosition, a_diff_makes_the_position_whole),
+        (M::ResumedElsewhere, who_is_resumed_is_where_it_said),
+        (M::ChainUnchecked, the_client_closes_on_another_chain),
+        (M::PositionBeforeRepairs, a_diff_makes_the_position_whole),
+        (M::FailedKeepsPosition, a_repair_that_failed_leaves_no_position),
+        (M::RefusedKeepsPosition, a_refused_live_change_leaves_no_position),
+        (M::RefusalForgotten, a_refused_live_change_in_the_middle_of_a_diff_leaves_no_position),
+        (M::UnequalKeepsPosition, unequal_roots_leave_no_position),
+        (M::HeldRepairsTaken, the_client_closes_on_a_repair_that_should_have_been_held),
+        (M::MarkWhileMissing, a_mark_is_taken_where_nothing_is_missing),
+    ];
+    for (mutation, test) in noticed {
+        BROKEN.set(Some(*mutation));
+        let result = std::panic::catch_unwind(test);
+        BROKEN.set(None);
+        assert!(result.is_err(), "nobody notices {mutation:?}");
     }
 }
