@@ -12,6 +12,7 @@ mod instructions;
 mod machine;
 mod process;
 mod report;
+mod simulate;
 mod storm;
 mod stream;
 mod tree;
@@ -42,6 +43,8 @@ enum Question {
     Grow(grow::Args),
     /// How many instructions the hot paths take, beside what was accepted. Needs valgrind.
     Instructions(instructions::Args),
+    /// Seeded runs of the protocol with faults: is everything kept that is promised?
+    Simulate(simulate::Args),
     /// The memory of one tree, for `tree`, in a process of its own.
     #[command(hide = true)]
     TreeMemory(tree::MemoryArgs),
@@ -65,6 +68,7 @@ fn main() -> anyhow::Result<()> {
         Question::Compare(args) => compare::run(&args),
         Question::Grow(args) => grow::run(&args),
         Question::Instructions(args) => instructions::run(&args),
+        Question::Simulate(args) => simulate::run(&args),
         Question::InstructionsWork(args) => instructions::work(&args),
         Question::TreeMemory(args) => tree::run_memory(&args),
         Question::StreamServer(args) => block_on(stream::server::run(&args)),

@@ -57,6 +57,14 @@ fn storm() {
 }
 
 #[test]
+fn simulate() {
+    let answer = ask("simulate --seconds 1 --threads 1 --from 5 --json");
+    assert_positive(&answer, &["runs", "runs_per_s", "delivered_per_run", "diffs"]);
+    assert!(answer["faults"]["CutInWalk"].as_u64().unwrap() > 0, "{answer}");
+    assert_eq!(ask("simulate --seed 7 --json")["runs"], 1);
+}
+
+#[test]
 fn stream() {
     let answer =
         ask("stream --followers 3 --writes 5000 --keys 100 --paced-writes 50 --sampled 2 --json");

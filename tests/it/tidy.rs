@@ -74,6 +74,7 @@ fn crates_depend_in_one_direction() {
         names
     };
     assert_eq!(ours("protocol/Cargo.toml"), [""; 0]);
+    assert_eq!(ours("protocol/simulator/Cargo.toml"), ["tablecast-protocol"]);
     assert_eq!(ours("actors/Cargo.toml"), ["tablecast-protocol"]);
     assert_eq!(ours("Cargo.toml"), ["tablecast-actors"]);
     assert_eq!(ours("demo/Cargo.toml"), ["tablecast"]);

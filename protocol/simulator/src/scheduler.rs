@@ -1,0 +1,508 @@
+//! Who decides what happens next: one seed, and nothing else.
+
+use std::sync::atomic::Ordering::Relaxed;
+use std::time::Duration;
+
+use tablecast_protocol::Reason;
+
+use crate::fault::Fault;
+use crate::history::KEYS;
+use crate::world::{World, kind};
+use crate::{Checked, check};
+
+/// Most steps from the last fault until nothing is left to do.
+const SETTLED_WITHIN: u64 = 20_000;
+
+impl World<'_> {
+    /// Things happen, in some order, until so many messages have been delivered.
+    pub(crate) fn run(&mut self) -> Checked {
+        for follower in 0..self.followers.len() {
+            self.connect(follower)?;
+        }
+        let most = self.config.deliveries * 40;
+        while self.delivered < self.config.deliveries && self.steps < most {
+            self.steps += 1;
+            let dice = self.rng.u16(..1000);
+            if dice < self.config.fault_rate || self.next_fault.is_some() {
+                let any = Fault::ALL[self.rng.usize(..Fault::ALL.len())];
+                let fault = self.next_fault.take().unwrap_or(any);
+                self.inject(fault)?;
+            } else if dice < self.config.fault_rate + self.config.write_rate
+                || !self.step(self.config.slow)?
+            {
+                self.live()?;
+            }
+            self.reap();
+            self.expire();
+        }
+        Ok(())
+    }
+
+    /// Something that can be done for some connection. Answers whether there was anything.
+    fn step(&mut self, slow: u8) -> Result<bool, String> {
+        let mut ready = [(0_usize, 0_u8); 16];
+        let (mut count, mut all) = (0, 0);
+        for (at, link) in self.connections.iter().enumerate().take(ready.len()) {
+            let kinds = self.ready_for(link);
+            if kinds != 0 {
+                ready[count] = (at, kinds);
+                count += 1;
+                all += kinds.count_ones();
+            }
+        }
+        if all == 0 {
+            return Ok(false);
+        }
+        // What is slow is passed over most of the time.
+        for last in [false, false, false, true] {
+            let mut nth = self.rng.u32(..all);
+            for (at, kinds) in &ready[..count] {
+                if nth >= kinds.count_ones() {
+                    nth -= kinds.count_ones();
+                    continue;
+                }
+                let mut rest = *kinds;
+                (0..nth).for_each(|_| rest &= rest - 1);
+                let chosen = 1 << rest.trailing_zeros();
+                if chosen & slow == 0 || last {
+                    self.act(*at, chosen)?;
+                    return Ok(true);
+                }
+                break;
+            }
+        }
+        Ok(true)
+    }
+
+    /// What also happens when nothing goes wrong.
+    fn live(&mut self) -> Checked {
+        match self.rng.u8(..32) {
+            0..10 => {
+                let batch = self.batch();
+                self.write(&batch);
+                Ok(())
+            }
+            10..18 => {
+                self.seal();
+                Ok(())
+            }
+            18..20 => {
+                self.checkpoint();
+                Ok(())
+            }
+            20..26 => {
+                let follower = self.rng.usize(..self.followers.len());
+                self.connect(follower)
+            }
+            26..30 => {
+                let time = self.rng.u64(1..900);
+                self.pass(Duration::from_millis(time))
+            }
+            30 => {
+                let follower = self.rng.usize(..self.followers.len());
+                self.save(follower);
+                Ok(())
+            }
+            _ => {
+                let follower = self.rng.usize(..self.followers.len());
+                self.followers[follower].want_diff(false);
+                match self.followers[follower].link.and_then(|id| self.place(id)) {
+                    Some(at) => self.begin_diff(at),
+                    None => Ok(()),
+                }
+            }
+        }
+    }
+
+    fn batch(&mut self) -> Vec<(usize, bool)> {
+        let count = self.rng.usize(1..4);
+        self.changes(count, KEYS)
+    }
+
+    /// Changes of some keys that are next to each other.
+    fn changes(&mut self, count: usize, keys: usize) -> Vec<(usize, bool)> {
+        let first = self.rng.usize(..self.config.keys);
+        let deletes = self.rng.bool();
+        let change = |_| {
+            let key = (first + self.rng.usize(..keys)) % self.config.keys;
+            (key, deletes && self.rng.bool())
+        };
+        (0..count).map(change).collect()
+    }
+
+    /// More changes of few keys than a follower that is away will want one by one.
+    fn burst(&mut self) {
+        for _ in 0..self.rng.u8(3..6) {
+            let batch = self.changes(8, 4);
+            self.write(&batch);
+            self.seal();
+        }
+    }
+
+    /// Something goes wrong, of what may go wrong in this run.
+    fn inject(&mut self, fault: Fault) -> Checked {
+        if !self.config.allows(fault) {
+            return Ok(());
+        }
+        let index = self.rng.usize(..self.followers.len());
+        let number = self.rng.usize(..self.config.keys);
+        match fault {
+            Fault::CutBeforeHandshake
+            | Fault::CutInHandshake
+            | Fault::CutInRelay
+            | Fault::CutBeforeDiff
+            | Fault::CutInWalk
+            | Fault::CutInRepairs
+            | Fault::CutInCatchUp
+            | Fault::CutWithMarkOpen
+            | Fault::CutLate
+            | Fault::Vanished => self.cut(fault),
+            Fault::ServerContinued
+            | Fault::ServerRestarted
+            | Fault::ServerRestored
+            | Fault::ServerEmptied => {
+                // As rare as all of the others together make sense of.
+                if self.rng.u8(..4) == 0 {
+                    let late = self.rng.bool();
+                    self.restart(fault, late);
+                }
+            }
+            Fault::ServerStopped => return self.stop_server(),
+            Fault::FollowerStopped
+            | Fault::FollowerRestarted
+            | Fault::FollowerRestored
+            | Fault::StalePosition => {
+                if self.restart_follower(index, fault) {
+                    self.fault(fault);
+                }
+            }
+            Fault::Failed => return self.fail(),
+            Fault::SlowReader
+            | Fault::StalledReader
+            | Fault::LateReply
+            | Fault::LateDiffer
+            | Fault::DelayedAcks
+            | Fault::Reordered => self.hold(fault),
+            Fault::RefusedKey => self.refuse_keys(index, fault, 1 << number),
+            Fault::RefusedAll | Fault::RefusedShortly => self.refuse_keys(index, fault, u64::MAX),
+            Fault::RefusedWrite => {
+                let batch = self.batch();
+                self.fault(fault);
+                return self.refuse_write(&batch);
+            }
+            Fault::UnreadStore => {
+                let unread = self.rng.bool();
+                self.followers[index].store.unread.store(unread, Relaxed);
+            }
+            Fault::FlippedValue | Fault::RemovedKey | Fault::ExtraKey | Fault::OwnWrite => {
+                if self.spoil(index, number, fault) {
+                    self.fault(fault);
+                }
+            }
+            Fault::FlippedServerValue => {
+                if self.flip_server(number) {
+                    self.fault(fault);
+                }
+            }
+            Fault::TimeLeap => {
+                let time = Duration::from_secs(self.rng.u64(5..32));
+                self.fault(fault);
+                return self.pass(time);
+            }
+            Fault::BitToServer | Fault::BitToClient => self.flip_bit(fault),
+            // An old connection is still there, if the last one vanished.
+            Fault::DuplicateConnection => return self.connect(index),
+            // Done where it happens, or follow from others.
+            Fault::RefusedConnection
+            | Fault::LostDiffer
+            | Fault::FellBehind
+            | Fault::StaleDiffer
+            | Fault::Busy
+            | Fault::UpdatedOverflow
+            | Fault::DiffStalled
+            | Fault::HelloTimeout
+            | Fault::Silence
+            | Fault::HeldDelete => {}
+        }
+        Ok(())
+    }
+
+    /// Cuts a connection that is at the place that this kind of cut is about, if there is one.
+    fn cut(&mut self, fault: Fault) {
+        let stage = |at: usize| {
+            let link = &self.connections[at];
+            let (Some(server), Some(client)) = (&link.server, &link.client) else { return None };
+            let comparing = client.session.is_comparing();
+            Some(match (server.session.state(), client.session.state()) {
+                ("Hello", "Hello") => Fault::CutBeforeHandshake,
+                (_, "Hello") => Fault::CutInHandshake,
+                (_, "CatchUp") => Fault::CutInCatchUp,
+                (_, "PreDiff") => Fault::CutBeforeDiff,
+                (_, "Diff") => Fault::CutInWalk,
+                (_, "PostDiff") if server.session.phase() == Some("Mark") => Fault::CutWithMarkOpen,
+                (_, "PostDiff") => Fault::CutInRepairs,
+                (_, "Relay") if comparing => Fault::CutWithMarkOpen,
+                _ => Fault::CutInRelay,
+            })
+        };
+        let any = matches!(fault, Fault::CutLate | Fault::Vanished);
+        let fits = |at: &usize| stage(*at).is_some_and(|stage| any || stage == fault);
+        let begin = self.rng.usize(..self.connections.len().max(1));
+        let order = (begin..self.connections.len()).chain(0..begin);
+        let Some(at) = order.into_iter().find(fits) else { return };
+        self.fault(fault);
+        let first = self.rng.bool();
+        match fault {
+            Fault::CutLate if first => self.drop_server(at, true),
+            Fault::CutLate => self.drop_client(at, true),
+            Fault::Vanished if first => {
+                self.connections[at].to_client.frames.clear();
+                self.drop_server(at, false);
+            }
+            Fault::Vanished => {
+                self.connections[at].to_server.frames.clear();
+                self.drop_client(at, false);
+            }
+            _ => {
+                self.drop_client(at, true);
+                self.drop_server(at, true);
+            }
+        }
+        // What it misses is sent one change a key, when it comes back.
+        if self.rng.u8(..3) == 0 {
+            self.burst();
+        }
+    }
+
+    /// One end says that it has failed.
+    fn fail(&mut self) -> Checked {
+        let Some(at) = self.connections.len().checked_sub(1) else { return Ok(()) };
+        let at = self.rng.usize(..=at);
+        self.fault(Fault::Failed);
+        let link = &mut self.connections[at];
+        match (&mut link.server, &mut link.client) {
+            (Some(server), _) if self.rng.bool() => {
+                server.session.handle_close(Reason::Failed, "");
+                self.drain_server(at)
+            }
+            (_, Some(client)) => {
+                client.session.handle_close(Reason::Failed, "");
+                self.drain_client(at)
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn hold(&mut self, fault: Fault) {
+        if self.connections.is_empty() {
+            return;
+        }
+        let at = self.rng.usize(..self.connections.len());
+        let steps = match fault {
+            Fault::StalledReader => self.rng.u64(100..600),
+            _ => self.rng.u64(20..150),
+        };
+        let (until, first) = (self.steps + steps, self.rng.bool());
+        let kinds = match fault {
+            Fault::SlowReader => {
+                self.connections[at].room = 1;
+                0
+            }
+            // The log moves on meanwhile.
+            Fault::StalledReader => {
+                self.burst();
+                self.burst();
+                if first { kind::TO_CLIENT } else { kind::TO_CLIENT | kind::TRANSMIT }
+            }
+            Fault::LateReply => kind::REPLY,
+            Fault::LateDiffer => kind::DIFFER,
+            Fault::DelayedAcks => kind::TO_SERVER,
+            _ => u8::MAX,
+        };
+        for (other, link) in self.connections.iter_mut().enumerate() {
+            if (other == at) != (fault == Fault::Reordered) {
+                (link.held, link.held_until) = (kinds, until);
+            }
+        }
+        self.fault(fault);
+    }
+
+    fn refuse_keys(&mut self, index: usize, fault: Fault, keys: u64) {
+        let refused = self.followers[index].store.refused.load(Relaxed);
+        let keys = if refused != 0 { 0 } else { keys };
+        if keys != 0 {
+            self.fault(fault);
+        }
+        self.refuse(index, keys);
+        self.followers[index].refuses_until =
+            if fault == Fault::RefusedShortly { self.steps + 40 } else { u64::MAX };
+    }
+
+    /// A bit of what is on its way.
+    fn flip_bit(&mut self, fault: Fault) {
+        let to_server = fault == Fault::BitToServer;
+        let flipped = self.connections.iter_mut().find_map(|link| {
+            let there = link.server.is_some() && link.client.is_some();
+            let pipe = if to_server { &mut link.to_server } else { &mut link.to_client };
+            let frame = pipe.frames.back_mut().filter(|_| there)?;
+            let bit = self.rng.usize(..8 * frame.len());
+            pipe.torn |= bit < 32;
+            *frame = crate::world::flip(frame, bit);
+            link.tainted = true;
+            Some((link.id, bit))
+        });
+        if let Some((id, bit)) = flipped {
+            self.fault(fault);
+            self.note(|| format!("{id}: bit {bit}"));
+        }
+    }
+
+    /// Everybody is told that the server stops; then it comes back.
+    fn stop_server(&mut self) -> Checked {
+        for at in 0..self.connections.len() {
+            if let Some(server) = &mut self.connections[at].server {
+                server.session.handle_stop();
+                server.dry = false;
+                self.drain_server(at)?;
+            }
+        }
+        // Nothing is waited for: what is not said by then is cut off.
+        for _ in 0..self.rng.u32(..60) {
+            self.steps += 1;
+            self.step(0)?;
+        }
+        let fault = if self.rng.bool() { Fault::ServerContinued } else { Fault::ServerRestarted };
+        self.restart(fault, true);
+        self.fault(Fault::ServerStopped);
+        Ok(())
+    }
+
+    // The end.
+
+    /// Nothing goes wrong any more.
+    fn quiet(&mut self) -> Checked {
+        self.config.faults = 0;
+        self.config.answer_bytes = self.config.answer_bytes.max(200);
+        for follower in 0..self.followers.len() {
+            self.refuse(follower, 0);
+            self.followers[follower].store.unread.store(false, Relaxed);
+        }
+        for at in 0..self.connections.len() {
+            let link = &mut self.connections[at];
+            (link.held, link.held_until) = (0, 0);
+            // A network that loses bits is no connection.
+            if link.tainted {
+                self.drop_client(at, true);
+                self.drop_server(at, true);
+            }
+        }
+        self.reap();
+        // Somebody notices what cannot be read, and writes it again.
+        let flipped: Vec<_> =
+            (0..KEYS).filter(|key| self.flipped >> key & 1 == 1).map(|key| (key, false)).collect();
+        if !flipped.is_empty() {
+            self.write(&flipped);
+        }
+        self.seal();
+        Ok(())
+    }
+
+    /// Until nothing is left to do, time included. So many steps are enough, or there is a deadlock.
+    fn settle(&mut self) -> Checked {
+        for _ in 0..SETTLED_WITHIN {
+            self.steps += 1;
+            for follower in 0..self.followers.len() {
+                if self.followers[follower].link.is_none() {
+                    self.connect(follower)?;
+                }
+            }
+            if !self.step(0)? {
+                if self.is_quiet() {
+                    return Ok(());
+                }
+                let next = self.next_timeout().ok_or("nobody waits for anything")?;
+                self.pass(next.saturating_sub(self.now))?;
+            }
+            self.reap();
+        }
+        Err(format!("no end after {SETTLED_WITHIN} steps: {}", self.states()))
+    }
+
+    fn states(&self) -> String {
+        let state = |link: &crate::world::Connection| {
+            let server = link.server.as_ref().map(|end| (end.session.state(), end.session.phase()));
+            let client = link.client.as_ref().map(|end| end.session.state());
+            format!(
+                "{}: {server:?} {client:?} due {:?}; ",
+                link.id, self.followers[link.follower].due
+            )
+        };
+        self.connections.iter().map(state).collect()
+    }
+
+    fn is_quiet(&self) -> bool {
+        self.connections.len() == self.followers.len()
+            && self.followers.iter().all(|follower| {
+                follower.link.is_some() && follower.due.is_none() && follower.retry.is_none()
+            })
+            && self.connections.iter().all(|link| {
+                let server = link.server.as_ref().map(|end| end.session.state());
+                let client = link.client.as_ref();
+                server == Some("Relay")
+                    && client.is_some_and(|end| {
+                        end.session.state() == "Relay"
+                            && !end.session.is_comparing()
+                            && !end.session.is_catching_up()
+                    })
+            })
+    }
+
+    /// After quiet, and roots compared once to find what is wrong and once to find that nothing is, all
+    /// tables are equal. Nobody asks for a diff that the protocol does not want itself.
+    pub(crate) fn converge(&mut self) -> Checked {
+        self.quiet()?;
+        self.settle()?;
+        self.hashing = None;
+        for _ in 0..2 {
+            self.verified = 0;
+            for _ in 0..2 {
+                self.checkpoint();
+                self.settle()?;
+            }
+        }
+        let expected = Self::contents(&self.store);
+        let root = self.table.tree().root();
+        let position = self.table.position();
+        for (index, follower) in self.followers.iter().enumerate() {
+            let found = Self::contents(&follower.store);
+            check(found == expected, || {
+                format!("in the end follower {index} has {found:?}, not {expected:?}")
+            })?;
+            check(follower.replica.tree().root() == root, || {
+                format!("in the end the tree of follower {index} is not that of its store")
+            })?;
+            check(follower.wrong | follower.hidden == 0 && follower.cells == self.cells, || {
+                format!("the oracle has lost count of follower {index}")
+            })?;
+        }
+        for link in &self.connections {
+            let at = link.client.as_ref().and_then(|client| client.session.position());
+            let follower = link.follower;
+            check(at == position, || {
+                format!("follower {follower} is at {at:?}, not {position:?}")
+            })?;
+        }
+        let (verified, all) = (self.verified, self.followers.len() as u64);
+        check(verified >= all, || format!("{verified} of {all} have compared roots"))
+    }
+
+    /// Refusals that are over.
+    pub(crate) fn expire(&mut self) {
+        for follower in 0..self.followers.len() {
+            if self.followers[follower].refuses_until < self.steps {
+                self.refuse(follower, 0);
+                self.followers[follower].refuses_until = u64::MAX;
+            }
+        }
+    }
+}
