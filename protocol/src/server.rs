@@ -136,7 +136,7 @@ const LEAST_REPAIR_BYTES: usize = 4 << 10;
 /// causes); but the follower tells its time, so that a long line is not taken for a slow follower.
 const REPAIR_TIME: Duration = Duration::from_micros(300);
 
-/// Most checkpoints that are not answered; then no further ones are marked.
+/// Most checkpoints that are not answered and remembered. A follower that cannot read its store answers none.
 const MAX_CHECKING: usize = 8;
 
 /// The server's end of one connection, without the connection.
@@ -198,6 +198,8 @@ pub struct Session {
     /// Checkpoints whose root was sent, until the follower says its own at one of them or a later one, or
     /// asks for a diff: then it has done with them. Answers may be on their way when the next is sent.
     checking: VecDeque<(Revision, Hash)>,
+    /// The newest of them that was forgotten for lack of room: its answer may be on its way.
+    forgotten: Option<Revision>,
     /// The one that was answered last: on a quiet stream the next answer may be of the same place.
     checked: Option<(Revision, Hash)>,
     heartbeat: Heartbeat,
@@ -465,6 +467,7 @@ impl Session {
             verifying: None,
             checkpoint: (0, true),
             checking: VecDeque::new(),
+            forgotten: None,
             checked: None,
             heartbeat: Heartbeat::new(config.heartbeat, now),
             progress: 0,
@@ -534,7 +537,7 @@ impl Session {
             {
                 self.last_diff = diff;
                 self.checking.clear();
-                self.checked = None;
+                (self.forgotten, self.checked) = (None, None);
                 self.request(jumps, Diff::asked_for(diff, full, root, len, max_deletes))
             }
             (State::Relay | State::Diff(_), ToServer::SyncReq { .. }) => return Err(unexpected),
@@ -565,7 +568,11 @@ impl Session {
             (State::Diff(_), ToServer::Verified { .. }) => return Err(unexpected),
             (state, ToServer::Verified { revision, root }) => {
                 let ended = self.verifying.take_if(|(mark, _)| *mark == revision);
-                let (_, ours) = ended.or_else(|| self.checked(revision)).ok_or(unexpected)?;
+                let Some((_, ours)) = ended.or_else(|| self.checked(revision)) else {
+                    self.state = state;
+                    let forgotten = self.forgotten >= Some(revision);
+                    return if forgotten { Ok(()) } else { Err(unexpected) };
+                };
                 // A checkpoint where a diff ended has the root that the diff still waits for.
                 self.mark_due.take_if(|due| *due == revision);
                 self.events.push_back(Event::Verified { revision, equal: root == ours });
@@ -1057,7 +1064,7 @@ impl Session {
         let Some(newest) = log.checkpoint() else { return };
         let (number, told) = self.checkpoint;
         // Whoever runs a diff compares at its end.
-        let open = self.state == State::Relay && self.checking.len() < MAX_CHECKING;
+        let open = self.state == State::Relay;
         let here =
             self.cursor == newest.revision.next() || self.broken.breaks(Mutation::MarkAnywhere);
         if newest.number != number && here && open {
@@ -1070,6 +1077,9 @@ impl Session {
             self.checkpoint = (number, true);
             // On a quiet stream it is the same place again.
             self.checking.retain(|(mark, _)| *mark != newest.revision);
+            if self.checking.len() == MAX_CHECKING {
+                self.forgotten = self.checking.pop_front().map(|(mark, _)| mark);
+            }
             self.checking.push_back((newest.revision, root));
             self.control.push_back(ToClient::Verify { revision: newest.revision, root });
         }

@@ -668,6 +668,34 @@ fn names_and_texts_are_cut_to_their_limits() {
     }
 }
 
+/// A follower whose store cannot be read answers no mark. When it can be read again, there are marks still.
+#[test]
+fn marks_that_are_not_answered_are_not_the_last() {
+    let (mut table, mut end) = (server_table(), server_stage("relay"));
+    for number in 1..=12 {
+        table.write(&[Change::write("a", number.to_string())]).unwrap();
+        table.seal();
+        let (chunk, chain) = table.next_chunk().unwrap();
+        end.log.push(chunk, chain, NOW);
+        let (checkpoint, root) = (end.log.set_checkpoint(), table.tree().root());
+        end.log.set_root(checkpoint, root);
+        let revision = Revision(number);
+        end.act(|_| {});
+        let [.., ToClient::Mark { .. }, verify] = &end.sent[..] else { panic!("{:?}", end.sent) };
+        assert_eq!(*verify, ToClient::Verify { revision, root });
+    }
+    let root = table.tree().root();
+    let verified = |revision| ToServer::Verified { revision: Revision(revision), root };
+    // It was forgotten, and may come late.
+    assert_eq!(end.message(verified(4)).events, []);
+    let unequal = Event::Verified { revision: Revision(5), equal: false };
+    assert_eq!(end.message(verified(5)).events, [unequal]);
+    let equal = Event::Verified { revision: Revision(12), equal: true };
+    assert_eq!(end.message(verified(12)).events, [equal]);
+    let before = end.clone();
+    end.message(verified(11)).closes(&before, "one that a later answer has skipped");
+}
+
 // The client's end.
 
 /// A follower's session, and what came of the last thing that happened to it.
