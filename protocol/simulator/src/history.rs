@@ -106,13 +106,9 @@ impl History {
         self.ends[self.ends.partition_point(|(end, _)| *end <= revision) - 1]
     }
 
-    /// How many keys there may be.
-    pub(crate) fn keys(&self) -> usize {
-        self.keys.len()
-    }
-
     /// The last change of a key up to a revision, and when that was.
     pub(crate) fn last(&self, key: usize, revision: u64) -> (u64, Id) {
+        // A flipped bit may name a key that is not used in this run.
         let Some(changes) = self.keys.get(key) else { return (0, 0) };
         *changes.iter().rev().find(|(at, _)| *at <= revision).unwrap_or(&changes[0])
     }
@@ -122,7 +118,7 @@ impl History {
     }
 
     pub(crate) fn cells(&self, revision: u64) -> Cells {
-        std::array::from_fn(|key| if key < self.keys.len() { self.at(key, revision) } else { 0 })
+        std::array::from_fn(|key| self.at(key, revision))
     }
 
     /// The same, cut short: what is written next forks it.
