@@ -12,7 +12,7 @@ pub enum AccessError {
     #[error("connection: {0}")]
     Io(#[from] std::io::Error),
     /// A frame that is longer than this end accepts now.
-    #[error("frame of {bytes} bytes is above the limit of {limit}")]
+    #[error("frame of {bytes} bytes is above the limit of {limit}{}", tls_hint(*bytes))]
     FrameTooLong {
         /// What its header says.
         bytes: u32,
@@ -102,5 +102,13 @@ impl From<tablecast_protocol::client::NotNow> for DiffError {
             NotNow::AlreadyDiffing | NotNow::CatchingUp => Self::AlreadyDiffing,
             NotNow::Disconnected => Self::Disconnected,
         }
+    }
+}
+
+/// The first bytes of a TLS record, an alert or a handshake, read as a length.
+fn tls_hint(bytes: u32) -> &'static str {
+    match bytes >> 16 {
+        0x1503 | 0x1603 => ": the other end speaks TLS",
+        _ => "",
     }
 }

@@ -274,7 +274,7 @@ async fn one_end_speaks_tls_and_the_other_does_not() {
     let (_server, address) =
         serve_tls(ServerConfig::default(), filled(10), &ca.issue("127.0.0.1"), None).await;
     let plain = client(quick(), TcpAccess::new(address.to_string()));
-    not_connected(&plain, "above the limit of 4096").await;
+    not_connected(&plain, "above the limit of 4096: the other end speaks TLS").await;
     let (_server, address) = serve(ServerConfig::default(), filled(10)).await;
     not_connected(&client(quick(), tls_access(address, &ca, None)), "InvalidContentType").await;
 }
