@@ -1,5 +1,5 @@
-//! A tree of entries in any order: dealt out, sorted and built in parts, by as many threads as there
-//! are processors.
+//! What many processors do: a tree of entries in any order, dealt out, sorted and built in parts, and the
+//! hashes of a tree in which much has changed.
 //!
 //! Threads are how it is computed, and nothing that a caller could see: all have ended when the
 //! function returns, and the tree does not depend on how many there were.
@@ -8,8 +8,8 @@ use std::panic::resume_unwind;
 use std::sync::{Mutex, PoisonError};
 use std::thread;
 
-use super::Entry;
 use super::node::Node;
+use super::{Entry, Hash};
 
 /// How many entries are hashed and dealt out at a time, 4 MB of them. Fewer than that are built
 /// by the caller alone, within 20 ms.
@@ -91,6 +91,26 @@ fn sort_and_build(entries: Vec<Vec<Entry>>, depth: usize) -> Option<Node> {
     }
     keep_last(&mut sorted);
     (!sorted.is_empty()).then(|| Node::build(&sorted, depth))
+}
+
+/// So many subtrees two levels below the top, of 256, are to be hashed before other processors help: to
+/// wake them takes as long as to hash a fifth of that.
+const WORTH_SHARING: usize = 128;
+
+/// The hash of a tree's top.
+pub(super) fn hash(top: &Node) -> Hash {
+    if top.len() >= CHUNK {
+        let below: Vec<&Node> = top.unhashed().flat_map(Node::unhashed).collect();
+        if below.len() >= WORTH_SHARING {
+            // Sixteen at a time: they are as evenly spread as the hashes of the keys.
+            map(threads(CHUNK), below.chunks(16), |nodes| {
+                for node in nodes {
+                    node.hash();
+                }
+            });
+        }
+    }
+    top.hash()
 }
 
 /// Brings entries into the order of the trie, one a key: the last.

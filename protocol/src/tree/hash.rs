@@ -55,6 +55,10 @@ impl CachedHash {
         hash
     }
 
+    pub(super) fn is_known(&self) -> bool {
+        self.known.load(Ordering::Acquire)
+    }
+
     pub(super) fn forget(&mut self) {
         *self.known.get_mut() = false;
     }

@@ -190,6 +190,15 @@ impl Node {
         })
     }
 
+    /// The nodes one level below that are to be hashed.
+    pub(super) fn unhashed(&self) -> impl Iterator<Item = &Self> {
+        let children = match &self.kind {
+            Kind::Inner(inner) => inner.children.as_slice(),
+            Kind::Leaf(_) => &[],
+        };
+        children.iter().flatten().filter(|child| !child.hash.is_known())
+    }
+
     pub(super) fn len(&self) -> usize {
         match &self.kind {
             Kind::Leaf(entries) => entries.len(),

@@ -124,6 +124,21 @@ fn a_large_table_is_built_in_its_order() {
 }
 
 #[test]
+fn many_threads_hash_what_one_does() {
+    let entry = |n: u32, value: u32| Entry::new(&n.to_be_bytes(), &value.to_be_bytes());
+    let mut little_by_little: Tree = (0..100_000).map(|n| entry(n, 0)).collect();
+    let mut at_once = little_by_little.clone();
+    // Few enough behind each root that one thread hashes them, and with the others all at once.
+    for first in (0..5000).step_by(50) {
+        little_by_little.insert_all((first..first + 50).map(|n| entry(n, 1)).collect());
+        little_by_little.root();
+    }
+    at_once.insert_all((0..5000).map(|n| entry(n, 1)).collect());
+    assert_eq!(at_once.root(), little_by_little.root());
+    assert_eq!(at_once.root(), at_once.clone().root());
+}
+
+#[test]
 fn key_and_value_do_not_run_into_each_other() {
     assert_ne!(Hash::of_entry(b"ab", b"c"), Hash::of_entry(b"a", b"bc"));
     assert_ne!(Tree::build([("", "")]).root(), Tree::new().root());
