@@ -7,24 +7,17 @@ use std::time::Duration;
 
 use tablecast::access::tcp::TcpAccess;
 use tablecast::{
-    Change, Client, ClientStatus, DiffAborted, DiffOutcome, Event, FollowerStatus, Hash, Health,
-    Key, MemoryStore, Position, Reader, Server, ServerConfig, ServerStatus, Store, StoreError,
-    Value,
+    Change, Client, ClientStatus, DiffAborted, DiffOutcome, Event, FollowerStatus, Health, Key,
+    MemoryStore, Position, Reader, Server, ServerConfig, ServerStatus, Store, StoreError, Value,
 };
-use tablecast_actors::protocol::{DiffId, Limits, ToClient, ToServer, wire};
+use tablecast_actors::protocol::{Limits, ToClient, ToServer, wire};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
 use crate::harness::{
     LONG, Proxy, connect, entries, event, filled, follower, key, quick, report, serve, within,
 };
-
-async fn read_message(stream: &mut TcpStream) -> Option<ToClient> {
-    let length = within(stream.read_u32()).await.ok()?;
-    let mut payload = vec![0; length as usize];
-    within(stream.read_exact(&mut payload)).await.ok()?;
-    Some(wire::decode(&payload, &Limits::default()).unwrap())
-}
+use crate::limits::{ask_for_diff, read_message};
 
 /// A diff that is held: health and the position that stop gives.
 #[actix_rt::test]
@@ -76,15 +69,7 @@ async fn live_deletes_hold_no_repair() {
     let hello = wire::encode(&ToServer::hello("raw", &Limits::default(), None));
     stream.write_all(&hello).await.unwrap();
     assert!(matches!(read_message(&mut stream).await, Some(ToClient::Welcome { .. })));
-    let request = ToServer::SyncReq {
-        diff: DiffId(1),
-        jumps: 0,
-        full: false,
-        root: Hash::of_entry(b"a", b"b"),
-        len: 10_000,
-        max_deletes: u64::MAX,
-    };
-    stream.write_all(&wire::encode(&request)).await.unwrap();
+    ask_for_diff(&mut stream).await;
     assert!(matches!(read_message(&mut stream).await, Some(ToClient::SyncStart { .. })));
 
     let client = follower(address, filled(3000));

@@ -189,7 +189,7 @@ async fn no_more_strangers_than_allowed() {
 }
 
 /// Asks for a diff, the first one of this connection, and of a table that differs.
-async fn ask_for_diff(stream: &mut TcpStream) {
+pub async fn ask_for_diff(stream: &mut TcpStream) {
     let request = ToServer::SyncReq {
         diff: DiffId(1),
         jumps: 0,
