@@ -295,12 +295,15 @@ pub(crate) fn build(
 
 /// Does to a tree what changes did to its store.
 pub(crate) fn apply_to_tree(tree: &mut Tree, changes: &[Change], digests: &[Digest]) {
-    let both: Vec<(&Change, &Digest)> = changes.iter().zip(digests).collect();
-    for run in both.chunk_by(|(a, _), (b, _)| a.value().is_some() == b.value().is_some()) {
-        let entries = run.iter().filter_map(|(change, digest)| digest.entry(change.key()));
-        tree.insert_all(entries.collect());
-        for (change, digest) in run.iter().filter(|(_, digest)| digest.entry.is_none()) {
-            tree.remove_hashed(&digest.key, change.key());
+    let mut digests = digests.iter();
+    for run in changes.chunk_by(|a, b| a.value().is_some() == b.value().is_some()) {
+        let mut writes = Vec::with_capacity(run.len());
+        for (change, digest) in run.iter().zip(&mut digests) {
+            match digest.entry(change.key()) {
+                Some(entry) => writes.push(entry),
+                None => drop(tree.remove_hashed(&digest.key, change.key())),
+            }
         }
+        tree.insert_all(writes);
     }
 }

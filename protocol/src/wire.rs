@@ -54,7 +54,10 @@ pub trait Message: Serialize + DeserializeOwned {
 /// # Panics
 /// Never: writing to memory does not fail.
 pub fn encode<M: Message>(message: &M) -> Bytes {
-    let mut frame = BytesMut::zeroed(HEADER_BYTES).writer();
+    // Most messages are short: one piece of memory will do.
+    let mut frame = BytesMut::with_capacity(128);
+    frame.put_bytes(0, HEADER_BYTES);
+    let mut frame = frame.writer();
     rmp_serde::encode::write(&mut frame, message).expect("a message can be written to memory");
     with_header(frame.into_inner())
 }
@@ -308,8 +311,8 @@ impl LiveFrame {
 
     /// The frame; the builder is empty again.
     pub fn take(&mut self, first: Revision, before: &Chain) -> Bytes {
-        let mut frame = BytesMut::zeroed(HEADER_BYTES);
-        frame.reserve(self.body.len() + 32);
+        let mut frame = BytesMut::with_capacity(HEADER_BYTES + self.body.len() + 32);
+        frame.put_bytes(0, HEADER_BYTES);
         let mut writer = frame.writer();
         let written = rmp::encode::write_array_len(&mut writer, 4)
             .and_then(|_| rmp::encode::write_uint(&mut writer, u64::from(ToClient::LIVE)))

@@ -15,6 +15,9 @@ use super::{Entry, Hash};
 /// by the caller alone, within 20 ms.
 const CHUNK: usize = 1 << 16;
 
+/// So few entries are sorted and built as they are: 256 parts would cost more than they do.
+const FEW: usize = 1 << 10;
+
 /// The entries of one chunk by the first byte of their keys' hashes.
 ///
 /// So each part is sorted within a processor's cache and its memory is free again before the
@@ -27,7 +30,12 @@ pub(super) fn hash_and_build<T: Send>(
     entry: impl Fn(T) -> Entry + Sync,
 ) -> Option<Node> {
     let mut chunks = chunks(items).peekable();
-    let threads = threads(chunks.peek().map_or(0, Vec::len));
+    let first = chunks.peek().map_or(0, Vec::len);
+    if first <= FEW {
+        let entries = chunks.map(|chunk| chunk.into_iter().map(&entry).collect());
+        return sort_and_build(entries.collect(), 0);
+    }
+    let threads = threads(first);
     join(map(threads, chunks, |chunk| deal(chunk.into_iter().map(&entry))), threads)
 }
 

@@ -282,11 +282,14 @@ pub(super) fn insert(slot: &mut Option<Node>, depth: usize, entry: Entry) -> Opt
 
 /// Puts entries, which are in the order of the trie, below `slot`, a node at `depth`; how many keys are new.
 pub(super) fn insert_all(slot: &mut Option<Node>, depth: usize, entries: &[Entry]) -> usize {
-    if let [entry] = entries {
-        return usize::from(insert(slot, depth, entry.clone()).is_none());
+    match entries {
+        // Copies no node and clears no hash.
+        [] => return 0,
+        [entry] => return usize::from(insert(slot, depth, entry.clone()).is_none()),
+        _ => {}
     }
     let Some(node) = slot else {
-        *slot = (!entries.is_empty()).then(|| Node::build(entries, depth));
+        *slot = Some(Node::build(entries, depth));
         return entries.len();
     };
     let before = node.len();
