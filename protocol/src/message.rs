@@ -46,6 +46,11 @@ macro_rules! messages {
             /// Tag and name of every message, in the order of their tags.
             pub const TAGS: &'static [(u8, &'static str)] = &[$(($tag, stringify!($variant))),*];
 
+            /// Its tag on the wire.
+            pub fn tag(&self) -> u8 {
+                match self { $( Self::$variant { .. } => $tag, )* }
+            }
+
             fn named(&self) -> &'static str {
                 match self { $( Self::$variant { .. } => stringify!($variant), )* }
             }

@@ -9,8 +9,7 @@ use tablecast_protocol::client::Output;
 use tablecast_protocol::client::RootOf;
 use tablecast_protocol::server::Close;
 use tablecast_protocol::{
-    Change, DiffId, Digest, Hash, Key, Limits, Reason, Replica, Revision, Store, ToClient, Way,
-    diff, scrub, wire,
+    Change, DiffId, Digest, Hash, Key, Reason, Replica, Revision, Store, ToClient, Way, diff, scrub,
 };
 
 use crate::fault::Fault;
@@ -115,24 +114,21 @@ impl World<'_> {
         let link = &mut self.connections[at];
         let Some(client) = &mut link.client else { return Ok(()) };
         match link.to_client.next(client.session.max_frame_bytes()) {
-            Ok(Some(payload)) => match wire::decode::<ToClient>(&payload, &Limits::default()) {
-                Ok(message) => {
-                    self.delivered += 1;
-                    self.totals.client.count(client.session.state(), payload[1]);
-                    if let ToClient::SyncStart { .. } = message {
-                        client.updated = 0;
-                    }
-                    client.session.handle_message(message, now);
+            Ok(Some(message)) => {
+                self.delivered += 1;
+                self.totals.client.count(client.session.state(), message.tag());
+                if let ToClient::SyncStart { .. } = message {
+                    client.updated = 0;
                 }
-                Err(error) if link.tainted => client.session.handle_malformed(&error),
-                Err(error) => return Err(format!("a follower cannot read: {error}")),
-            },
+                client.session.handle_message(message, now);
+            }
             Ok(None) if link.to_client.ended => {
                 self.drop_client(at, true);
                 return Ok(());
             }
             Ok(None) => client.session.handle_heard(now),
-            Err(error) => client.session.handle_malformed(&error),
+            Err(error) if link.tainted => client.session.handle_malformed(&error),
+            Err(error) => return Err(format!("a follower cannot read: {error}")),
         }
         self.drain_client(at)?;
         // Whatever is wrong now is the flipped bit's doing.
@@ -248,7 +244,7 @@ impl World<'_> {
             let here = client.session.stream().map(|stream| stream.revision).unwrap_or_default();
             match output {
                 Output::Send(message) if link.server.is_some() => {
-                    link.to_server.frames.push_back(wire::encode(&message));
+                    link.to_server.send(message, self.config.as_bytes);
                 }
                 Output::Send(_) | Output::Progress(_) => {}
                 Output::Connected(_, way) => {

@@ -42,11 +42,26 @@ pub(crate) fn number(key: &[u8]) -> Option<usize> {
     }
 }
 
+/// Values of the first writes, which no run allocates.
+static VALUES: [[u8; 12]; 4096] = {
+    let mut values = [[b'-'; 12]; 4096];
+    let mut id = 0;
+    while id < values.len() {
+        *values[id].first_chunk_mut().unwrap() = (id as Id).to_be_bytes();
+        id += 1;
+    }
+    values
+};
+
 /// The value of a write. Its length varies.
 pub(crate) fn value(id: Id) -> Value {
+    let length = 4 + id as usize % 8;
+    if let Some(bytes) = VALUES.get(id as usize) {
+        return Bytes::from_static(&bytes[..length]);
+    }
     let mut bytes = [b'-'; 12];
     bytes[..4].copy_from_slice(&id.to_be_bytes());
-    Bytes::copy_from_slice(&bytes[..4 + id as usize % 8])
+    Bytes::copy_from_slice(&bytes[..length])
 }
 
 /// Whether this is the value of that write; `None` is no value, as is 0.

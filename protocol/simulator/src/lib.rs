@@ -3,7 +3,8 @@
 //! One seed is one run: a server and one to three followers, with real tables, logs, sessions and walks,
 //! joined by queues of frames. The seed decides what the run is like (sizes, limits, which faults, what is
 //! slow) and then every step. A run has two parts: so many deliveries of messages with faults, then
-//! quiet. Tables, logs and frames are small, so that a few hundred deliveries reach all of the protocol.
+//! quiet. Tables, logs and frames are small, so that a few hundred deliveries reach all of the protocol. In one run of
+//! eight, and where a bit is to flip, messages are on their way as bytes; in the others as they are.
 //!
 //! What must hold is checked at every step, key by key, against the history of the server's table:
 //!
@@ -86,6 +87,8 @@ struct Config {
     slow: u8,
     /// A bit a fault that may happen.
     faults: u64,
+    /// Messages are on their way as bytes.
+    as_bytes: bool,
     #[cfg(feature = "mutations")]
     mutation: Option<tablecast_protocol::Mutation>,
 }
@@ -117,6 +120,7 @@ impl Config {
             slow: rng.u8(..) & rng.u8(..),
             // A quarter of the runs have all faults, the others half of them each.
             faults: if rng.u8(..4) == 0 { u64::MAX } else { rng.u64(..) },
+            as_bytes: rng.u8(..8) == 0,
             #[cfg(feature = "mutations")]
             mutation: None,
         }

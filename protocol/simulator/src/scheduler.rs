@@ -343,11 +343,8 @@ impl World<'_> {
         let to_server = fault == Fault::BitToServer;
         let flipped = self.connections.iter_mut().find_map(|link| {
             let there = link.server.is_some() && link.client.is_some();
-            let pipe = if to_server { &mut link.to_server } else { &mut link.to_client };
-            let frame = pipe.frames.back_mut().filter(|_| there)?;
-            let bit = self.rng.usize(..8 * frame.len());
-            pipe.torn |= bit < 32;
-            *frame = crate::world::flip(frame, bit);
+            let rng = Some(&mut self.rng).filter(|_| there)?;
+            let bit = if to_server { link.to_server.flip(rng) } else { link.to_client.flip(rng) }?;
             link.tainted = true;
             Some((link.id, bit))
         });

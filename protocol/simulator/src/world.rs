@@ -11,15 +11,16 @@ use fastrand::Rng;
 use tablecast_protocol::client::{self, RootOf};
 use tablecast_protocol::diff::{Answer, Query, Step, Walk};
 use tablecast_protocol::server::{self, Event, SessionConfig, Transmit};
+use tablecast_protocol::wire::Changes;
 use tablecast_protocol::{
-    AbortReason, Change, DiffId, Epoch, FollowerId, Hash, HeartbeatConfig, Limits, Log, Missed,
-    Position, ProtocolError, Reason, Replica, Revision, Shortened, Store, Table, ToServer, Tree,
-    Values, Way, wire,
+    AbortReason, Chain, Change, DiffId, Epoch, FollowerId, Hash, HeartbeatConfig, Limits, Log,
+    Missed, Position, ProtocolError, Reason, Replica, Revision, Shortened, Store, Table, ToClient,
+    ToServer, Tree, Values, Way,
 };
 
 use crate::fault::Fault;
 use crate::history::{Cells, History, Id, KEYS, key, value};
-use crate::pipe::Pipe;
+use crate::pipe::{Frame, Pipe};
 use crate::store::FaultyStore;
 use crate::{Checked, Config, Totals, check};
 
@@ -53,6 +54,10 @@ pub(crate) struct World<'a> {
     pub(crate) table: Table,
     pub(crate) store: FaultyStore,
     pub(crate) log: Log,
+    /// What the log's frames say, with the revision of the last change of each.
+    live: Vec<(Revision, ToClient)>,
+    /// What was written since the last of them.
+    unsealed: Vec<Change>,
     pub(crate) epoch: u8,
     /// All that there were; the server continues the last.
     pub(crate) histories: Vec<History>,
@@ -122,8 +127,8 @@ pub(crate) struct Connection {
     pub(crate) history: usize,
     pub(crate) server: Option<ServerEnd>,
     pub(crate) client: Option<ClientEnd>,
-    pub(crate) to_server: Pipe,
-    pub(crate) to_client: Pipe,
+    pub(crate) to_server: Pipe<ToServer>,
+    pub(crate) to_client: Pipe<ToClient>,
     /// A bit has flipped: nothing that either end says is to be relied on.
     pub(crate) tainted: bool,
     /// Most frames on their way to the follower.
@@ -223,7 +228,9 @@ impl<'a> World<'a> {
         let followers = followers.collect();
         let mut world = Self {
             table: Table::open(store.clone(), Limits::default()).unwrap(),
-            log: Log::new(0, Revision::ZERO, tablecast_protocol::Chain::START),
+            log: Log::new(0, Revision::ZERO, Chain::START),
+            live: Vec::new(),
+            unsealed: Vec::new(),
             rng,
             totals,
             trace: None,
@@ -257,8 +264,18 @@ impl<'a> World<'a> {
         let epoch = Epoch::from_bytes([self.epoch; 16]);
         self.table.ready(epoch);
         let at = self.table.position().unwrap();
-        self.log = Log::new(self.config.log_bytes, at.revision, at.chain);
+        self.begin_log(at.revision, at.chain);
         self.histories.push(History::new(epoch, &self.cells[..self.config.keys]));
+    }
+
+    fn begin_log(&mut self, head: Revision, chain: Chain) {
+        self.log = Log::new(self.config.log_bytes, head, chain);
+        self.live.clear();
+        self.unsealed.clear();
+        #[cfg(feature = "mutations")]
+        if let Some(mutation) = self.config.mutation {
+            self.log.mutate(mutation);
+        }
     }
 
     pub(crate) fn history(&mut self) -> &mut History {
@@ -305,12 +322,17 @@ impl<'a> World<'a> {
             self.flipped &= !(1 << number);
         }
         history.end(self.table.position().unwrap().chain);
+        self.unsealed.extend(changes);
         true
     }
 
     pub(crate) fn seal(&mut self) {
         self.table.seal();
         while let Some((chunk, chain)) = self.table.next_chunk() {
+            let (first, before) = (chunk.first, chunk.before.tag());
+            let changes = Changes(std::mem::take(&mut self.unsealed));
+            let last = Revision(chunk.end().0 - 1);
+            self.live.push((last, ToClient::Live { first, before, changes }));
             self.log.push(chunk, chain, self.now);
             self.wake();
         }
@@ -361,7 +383,7 @@ impl<'a> World<'a> {
             self.table = Table::open(self.store.clone(), Limits::default()).unwrap();
             let revision = Revision(revision);
             self.table.continue_from(Position { epoch, revision, chain });
-            self.log = Log::new(self.config.log_bytes, revision, chain);
+            self.begin_log(revision, chain);
         } else {
             if fault == Fault::ServerEmptied {
                 self.cells = [0; KEYS];
@@ -423,8 +445,8 @@ impl<'a> World<'a> {
                 differs: Vec::new(),
             }),
             client: Some(ClientEnd { session: client, work: VecDeque::new(), updated: 0 }),
-            to_server: Pipe::default(),
-            to_client: Pipe::default(),
+            to_server: Pipe::new(),
+            to_client: Pipe::new(),
             tainted: false,
             room: self.config.room,
             held: 0,
@@ -552,12 +574,19 @@ impl<'a> World<'a> {
         server.dry = sent.is_none();
         let over = sent.is_none() && server.session.state() == "Closed";
         if let Some(transmit) = sent {
-            link.to_client.frames.push_back(match transmit {
-                Transmit::Live(frame) => frame,
-                Transmit::Message(message) => wire::encode(&message),
-                Transmit::Joined(joined) => joined.frame(),
-                Transmit::Part(part) => wire::encode(&part.message(&Limits::default())),
-            });
+            let as_bytes = self.config.as_bytes;
+            let pipe = &mut link.to_client;
+            match transmit {
+                Transmit::Live(frame) if as_bytes => pipe.frames.push_back(Frame::Bytes(frame)),
+                Transmit::Live(_) => {
+                    let sent = server.session.sent();
+                    let at = self.live.partition_point(|(end, _)| *end < sent);
+                    pipe.send(self.live[at].1.clone(), false);
+                }
+                Transmit::Message(message) => pipe.send(message, as_bytes),
+                Transmit::Joined(joined) => pipe.frames.push_back(Frame::Bytes(joined.frame())),
+                Transmit::Part(part) => pipe.send(part.message(&Limits::default()), as_bytes),
+            }
         }
         self.drain_server(at)?;
         if over {
@@ -571,18 +600,15 @@ impl<'a> World<'a> {
         let link = &mut self.connections[at];
         let Some(server) = &mut link.server else { return Ok(()) };
         match link.to_server.next(server.session.max_frame_bytes()) {
-            Ok(Some(payload)) => match wire::decode::<ToServer>(&payload, &Limits::default()) {
-                Ok(message) => {
-                    self.delivered += 1;
-                    self.totals.server.count(server.session.state(), payload[1]);
-                    server.session.handle_message(message, now);
-                }
-                Err(error) if link.tainted => server.session.handle_malformed(&error),
-                Err(error) => return Err(format!("the server cannot read: {error}")),
-            },
+            Ok(Some(message)) => {
+                self.delivered += 1;
+                self.totals.server.count(server.session.state(), message.tag());
+                server.session.handle_message(message, now);
+            }
             Ok(None) if link.to_server.ended => self.drop_server(at, true),
             Ok(None) => server.session.handle_heard(now),
-            Err(error) => server.session.handle_malformed(&error),
+            Err(error) if link.tainted => server.session.handle_malformed(&error),
+            Err(error) => return Err(format!("the server cannot read: {error}")),
         }
         self.drain_server(at)
     }
