@@ -14,6 +14,7 @@
     reason = "a test fails by panicking, and its numbers are small"
 )]
 
+mod amplification;
 mod convergence;
 mod pair;
 mod transitions;
