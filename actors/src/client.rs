@@ -37,6 +37,7 @@ use tokio::time::Instant;
 use tracing::{debug, info, warn};
 
 use crate::access::Access;
+use crate::compute::compute;
 use crate::config::ClientConfig;
 use crate::error::{DiffAborted, DiffError, WaitError};
 use crate::metrics;
@@ -440,9 +441,8 @@ impl Client {
                 Output::Repair { diff, changes } => self.repair(diff, changes),
                 Output::Answer { diff, tree, query, max_bytes } => {
                     let answer = move || answer(&tree, &query, max_bytes);
-                    let answer = actix_rt::task::spawn_blocking(answer).into_actor(self);
-                    ctx.spawn(answer.map(move |answer, _, ctx| {
-                        ctx.notify(Computed::Answer(connection, diff, answer.ok()));
+                    ctx.spawn(compute(answer).into_actor(self).map(move |answer, _, ctx| {
+                        ctx.notify(Computed::Answer(connection, diff, answer));
                     }));
                 }
                 Output::Root(diff, tree) => {
@@ -526,9 +526,8 @@ impl Client {
             }
             (tree.root(), found.into_iter().map(|found| found.key).collect(), error)
         };
-        let scrubbed = actix_rt::task::spawn_blocking(scrub).into_actor(self);
-        ctx.spawn(scrubbed.map(move |scrubbed, _, ctx| {
-            ctx.notify(Computed::Scrubbed(connection, checkpoint, scrubbed.ok()));
+        ctx.spawn(compute(scrub).into_actor(self).map(move |scrubbed, _, ctx| {
+            ctx.notify(Computed::Scrubbed(connection, checkpoint, scrubbed));
         }));
     }
 

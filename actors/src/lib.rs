@@ -29,6 +29,7 @@
 pub mod access;
 mod authorize;
 pub mod client;
+mod compute;
 mod config;
 mod error;
 pub mod metrics;
@@ -36,6 +37,7 @@ pub mod server;
 mod status;
 
 pub use authorize::{AllowAll, Applicant, Authorize, Token, TokenError};
+pub use compute::compute_here;
 pub use config::{ClientConfig, MassDelete, ServerConfig};
 pub use error::{AccessError, DiffAborted, DiffError, WaitError};
 pub use status::{

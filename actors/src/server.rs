@@ -22,7 +22,7 @@ use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{self, Poll};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use actix::prelude::*;
 use tablecast_protocol::diff::Difference;
@@ -31,7 +31,9 @@ use tablecast_protocol::{
     WriteError,
 };
 use tokio::sync::{broadcast, oneshot};
+use tokio::time::Instant;
 
+use crate::compute::compute;
 use crate::config::ServerConfig;
 use crate::metrics;
 use crate::status::{FollowerStatus, ServerStatus};
@@ -622,5 +624,5 @@ impl Handler<Gone> for Server {
 
 /// The root of a tree, computed on a thread that may block.
 pub(crate) async fn root_of(tree: Tree) -> Option<Hash> {
-    actix_rt::task::spawn_blocking(move || tree.root()).await.ok()
+    compute(move || tree.root()).await
 }

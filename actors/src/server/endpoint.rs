@@ -71,23 +71,40 @@ impl Endpoint {
     /// });
     /// ```
     pub fn start(table: Table, config: ServerConfig, arbiters: &Arbiters) -> Self {
+        let Arbiters { server, connections, differs } = arbiters;
+        let start = |actor| Server::start_in_arbiter(server, move |_| actor);
+        Self::new(table, config, connections, differs, start)
+    }
+
+    /// The same with all actors on the thread that calls, which must be one that runs a `LocalSet`: an arbiter's, or that of
+    /// a simulated host.
+    pub fn start_here(table: Table, config: ServerConfig) -> Self {
+        Self::new(table, config, &[], &[], Actor::start)
+    }
+
+    fn new(
+        table: Table,
+        config: ServerConfig,
+        connections: &[ArbiterHandle],
+        differs: &[ArbiterHandle],
+        start: impl FnOnce(Server) -> Addr<Server>,
+    ) -> Self {
         let server = Server::new(table, config.clone());
         let log = server.log();
-        let server = Server::start_in_arbiter(&arbiters.server, move |_| server);
+        let server = start(server);
         let strangers = config.strangers.clamp(1, Semaphore::MAX_PERMITS);
-        let differs = arbiters.differs.as_slice().into();
         let shared = Shared {
             config: Arc::new(config),
             server: server.clone(),
             log,
-            differs,
+            differs: differs.into(),
             shortening: Arc::new(Semaphore::new(SHORTENING)),
             stopping: CancellationToken::new(),
         };
         Self {
             server,
             shared,
-            connections: arbiters.connections.as_slice().into(),
+            connections: connections.into(),
             next: Arc::new(AtomicU64::new(1)),
             strangers: Arc::new(Semaphore::new(strangers)),
             listeners: TaskTracker::new(),
@@ -101,17 +118,16 @@ impl Endpoint {
 
     /// Accepts connections from here on, as soon as the server is ready.
     pub fn listen(&self, listener: impl Listener) {
-        if let Some(arbiter) = self.connections.first() {
-            let this = self.clone();
-            let stopping = self.shared.stopping.clone();
-            arbiter.spawn(self.listeners.track_future(async move {
-                tokio::select! {
-                    biased;
-                    () = stopping.cancelled() => {}
-                    () = this.accept(listener) => {}
-                }
-            }));
-        }
+        let this = self.clone();
+        let stopping = self.shared.stopping.clone();
+        let listening = self.listeners.track_future(async move {
+            tokio::select! {
+                biased;
+                () = stopping.cancelled() => {}
+                () = this.accept(listener) => {}
+            }
+        });
+        spawn_on(self.connections.first(), listening);
     }
 
     /// Accepts no more connections, and closes those that there are; done when nobody listens any more.
@@ -149,10 +165,9 @@ impl Endpoint {
         let number = self.next.fetch_add(1, Ordering::Relaxed);
         let arbiters = &self.connections;
         let index = usize::try_from(number).unwrap_or(0) % arbiters.len().max(1);
-        let Some(arbiter) = arbiters.get(index) else { return };
         let shared = self.shared.clone();
         let until = Instant::now() + shared.config.handshake_timeout;
-        arbiter.spawn(async move {
+        spawn_on(arbiters.get(index), async move {
             let address = incoming.peer.clone();
             debug!(follower = number, address, "connected");
             let opened = tokio::select! {
@@ -169,5 +184,20 @@ impl Endpoint {
                 Err(_) => info!(address, "no handshake in time"),
             }
         });
+    }
+}
+
+/// Runs it on an arbiter, or without one on the thread that calls.
+pub(super) fn spawn_on(
+    arbiter: Option<&ArbiterHandle>,
+    task: impl Future<Output = ()> + Send + 'static,
+) {
+    match arbiter {
+        Some(arbiter) => {
+            arbiter.spawn(task);
+        }
+        None => {
+            actix_rt::spawn(task);
+        }
     }
 }

@@ -31,6 +31,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::{debug, info, warn};
 
 use super::differ::{Abandon, Answered, Differ, Order};
+use super::endpoint::spawn_on;
 use super::{Ask, Connect, Gone, Question, Server, SharedLog, root_of};
 use crate::access::Stream;
 use crate::access::codec::{Framed, LAST_WORDS};
@@ -256,14 +257,14 @@ impl Middleman {
     fn shorten(&self, behind: Revision, head: Position, ctx: &Context<Self>) {
         let this = ctx.address();
         let place = Arc::clone(&self.shared.shortening).try_acquire_owned();
-        let (Ok(place), Some(arbiter)) = (place, self.differ_arbiter()) else {
+        let Ok(place) = place else {
             this.do_send(Reply::Shortened(None));
             return;
         };
         let log = self.shared.log.clone();
         // Answers even if it is never run.
         let answer = Answer(this, None);
-        arbiter.spawn_fn(move || {
+        spawn_on(self.differ_arbiter(), async move {
             let (mut answer, _place) = (answer, place);
             if answer.0.connected() {
                 let keys_from = |first, chunks| log.lock().keys_from(first, chunks);
@@ -294,11 +295,11 @@ impl Middleman {
     }
 
     fn start_differ(&mut self, order: Order, ctx: &Context<Self>) {
-        if let Some(arbiter) = self.differ_arbiter() {
-            let middleman = ctx.address();
-            let start = move |_: &mut Context<Differ>| Differ::new(order, middleman);
-            self.differ = Some(Differ::start_in_arbiter(arbiter, start));
-        }
+        let differ = Differ::new(order, ctx.address());
+        self.differ = Some(match self.differ_arbiter() {
+            Some(arbiter) => Differ::start_in_arbiter(arbiter, move |_| differ),
+            None => differ.start(),
+        });
     }
 
     fn abandon(&mut self) {
