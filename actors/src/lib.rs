@@ -20,7 +20,8 @@
 //! Who ends with whom: a Differ that fails ends its diff, not the connection. A Middleman that fails
 //! ends its Differ and its connection, and the client connects again. Neither harms the Server or
 //! another follower: a panic in an actor ends that actor, and what it owned tells the others as it
-//! is dropped. The Client's table survives every failure of its connection.
+//! is dropped. The Client's table survives every failure of its connection. A Server that fails, by its
+//! store most of all, ends every connection, and nobody listens any more.
 //!
 //! The log is the queue: the Server appends a batch once and wakes those who do not know yet; each
 //! Middleman reads from its own place whenever its socket has room. Nothing is kept for a follower

@@ -32,6 +32,7 @@ use tablecast_protocol::{
 };
 use tokio::sync::{broadcast, oneshot};
 use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
 
 use crate::compute::compute;
 use crate::config::ServerConfig;
@@ -191,6 +192,8 @@ pub struct Server {
     hashing: bool,
     /// What the log's time is counted from.
     born: Instant,
+    /// Cancelled when this actor ends, however: nobody is let in any more.
+    serving: CancellationToken,
     /// Told to stop: who waits for the last connection to end.
     stopping: Option<Vec<oneshot::Sender<()>>>,
 }
@@ -222,6 +225,7 @@ impl Server {
             refused: 0,
             hashing: false,
             born: Instant::now(),
+            serving: CancellationToken::new(),
             stopping: None,
             config,
         }
@@ -230,6 +234,11 @@ impl Server {
     /// The log, for the Middlemen of this server.
     pub(crate) fn log(&self) -> SharedLog {
         self.log.clone()
+    }
+
+    /// Cancelled when it ends, or by whoever lets nobody in any more.
+    pub(crate) fn serving(&self) -> CancellationToken {
+        self.serving.clone()
     }
 
     /// Puts what was written into the log, and wakes the Middlemen that do not know yet.
@@ -364,6 +373,7 @@ impl Server {
 impl Drop for Server {
     /// Also after a panic, of a store most of all: nobody may think that it is still served.
     fn drop(&mut self) {
+        self.serving.cancel();
         for follower in self.followers.values() {
             follower
                 .middleman

@@ -22,6 +22,7 @@ mod harness;
 mod honesty;
 mod limits;
 mod model;
+mod panics;
 mod reconnect;
 mod stream;
 mod tidy;

@@ -81,6 +81,8 @@ impl Handler<Answered> for Differ {
     type Result = ();
 
     fn handle(&mut self, Answered(answer): Answered, ctx: &mut Context<Self>) {
+        #[cfg(test)]
+        tests::panic_if_told();
         match self.walk.as_mut().map(|walk| walk.handle_answer(&answer)) {
             Some(Ok(step)) => self.say(step, ctx),
             Some(Err(error)) => {
@@ -99,5 +101,69 @@ impl Handler<Abandon> for Differ {
     fn handle(&mut self, _: Abandon, ctx: &mut Context<Self>) {
         self.told = true;
         ctx.stop();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::cell::Cell;
+    use std::time::Duration;
+
+    use tablecast_protocol::{AbortReason, Epoch, Limits, MemoryStore, Replica, Table, Value};
+
+    use super::*;
+    use crate::access::memory;
+    use crate::client::{self, Client, Event};
+    use crate::server::{Endpoint, GetStatus, Ready};
+    use crate::{ClientConfig, DiffAborted, DiffOutcome, ServerConfig};
+
+    thread_local! {
+        /// The next walk on this thread panics in its middle.
+        static PANICS: Cell<bool> = const { Cell::new(false) };
+    }
+
+    pub(super) fn panic_if_told() {
+        if PANICS.take() {
+            // Without the hook's text on stderr.
+            std::panic::resume_unwind(Box::new("as told"));
+        }
+    }
+
+    fn filled(keys: usize) -> MemoryStore {
+        (0..keys).map(|key| (format!("{key}").into(), Value::from("value"))).collect()
+    }
+
+    #[actix_rt::test]
+    async fn a_walk_that_panics_ends_its_diff_and_no_more() {
+        let table = Table::open(filled(1000), Limits::default()).unwrap();
+        let config = ServerConfig { diffs_at_once: 1, ..ServerConfig::default() };
+        let endpoint = Endpoint::start_here(table, config);
+        let (listener, access) = memory::pair();
+        endpoint.listen(listener);
+        let server = endpoint.server();
+        server.send(Ready(Epoch::from_bytes([1; 16]))).await.unwrap();
+        let (replica, config) = (Replica::open(filled(500)).unwrap(), ClientConfig::default());
+        let client = Client::new(replica, access, config).start();
+        let mut events = client.send(client::Subscribe).await.unwrap();
+        PANICS.set(true);
+        client.send(client::Ready).await.unwrap();
+        let outcomes = async {
+            let mut outcomes = Vec::new();
+            while outcomes.len() < 2 {
+                if let Event::Diff(outcome) = events.recv().await.unwrap() {
+                    outcomes.push(outcome);
+                }
+            }
+            outcomes
+        };
+        let outcomes = tokio::time::timeout(Duration::from_secs(60), outcomes).await.unwrap();
+        let panicked = DiffAborted::Server(AbortReason::Walk);
+        assert_eq!(outcomes.first(), Some(&DiffOutcome::Aborted(panicked)));
+        // On the same connection, and at the only place for diffs.
+        let Some(DiffOutcome::Done(report)) = outcomes.last() else { panic!("{outcomes:?}") };
+        assert!(report.equal() && report.written == 500, "{report:?}");
+        assert_eq!(client.send(client::GetStatus).await.unwrap().connects, 1);
+        let status = server.send(GetStatus).await.unwrap();
+        assert_eq!((status.followers, status.diffs_waiting), (1, 0));
     }
 }

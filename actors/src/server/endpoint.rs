@@ -9,7 +9,6 @@ use actix_rt::ArbiterHandle;
 use tablecast_protocol::{FollowerId, Table};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::Instant;
-use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tracing::{debug, info, warn};
 
@@ -90,7 +89,7 @@ impl Endpoint {
         start: impl FnOnce(Server) -> Addr<Server>,
     ) -> Self {
         let server = Server::new(table, config.clone());
-        let log = server.log();
+        let (log, stopping) = (server.log(), server.serving());
         let server = start(server);
         let strangers = config.strangers.clamp(1, Semaphore::MAX_PERMITS);
         let shared = Shared {
@@ -99,7 +98,7 @@ impl Endpoint {
             log,
             differs: differs.into(),
             shortening: Arc::new(Semaphore::new(SHORTENING)),
-            stopping: CancellationToken::new(),
+            stopping,
         };
         Self {
             server,
