@@ -12,6 +12,14 @@ const QUERY_BYTES: usize = 1 << 20;
 /// that has 60 million keys that the server lacks. A hostile one can make the server remember no more.
 const MAX_BELOW: usize = 1 << 22;
 
+/// Most prefixes to delete at that may be found, about 1.1 GB of them, and no more than the follower has keys. A hostile
+/// one could name new ones without end.
+const MAX_DELETES: usize = 1 << 26;
+
+/// After an answer that leaves nodes open, so many times as many as it covered are asked for at most. Else a
+/// follower that covers one at a time, in a byte, would be sent all the others again for each.
+const ASK_AGAIN: usize = 2;
+
 /// A table of at least this many keys has its first two levels asked for at once: they are full,
 /// and cost 1.5 kB. A smaller one is through in two rounds anyway.
 const TWO_LEVELS: u64 = 4096;
@@ -63,6 +71,10 @@ pub struct Walk {
     small: u32,
     levels: u8,
     query_bytes: usize,
+    /// Most nodes of the next query.
+    query_nodes: usize,
+    /// Most deletes.
+    max_deletes: usize,
     /// The nodes of the query in flight, all at one depth.
     asked: Vec<Path>,
     /// How many of them are answered.
@@ -99,6 +111,8 @@ impl Walk {
             small,
             levels,
             query_bytes: max_bytes.min(QUERY_BYTES),
+            query_nodes: usize::MAX,
+            max_deletes: usize::try_from(len).unwrap_or(usize::MAX).min(MAX_DELETES),
             asked: Vec::new(),
             answered: 0,
             below: Vec::new(),
@@ -146,13 +160,18 @@ impl Walk {
         if self.below.len() > MAX_BELOW {
             return Err(malformed("more nodes differ than a server remembers"));
         }
+        if self.found.deletes.len() > self.max_deletes {
+            return Err(malformed("it has more keys than the follower said"));
+        }
         if self.answered == before && before < self.asked.len() {
             return Err(malformed("it covers no node"));
         }
+        self.query_nodes = (self.answered - before).saturating_mul(ASK_AGAIN);
         if self.answered == self.asked.len() {
             self.asked = std::mem::take(&mut self.below);
             self.answered = 0;
             self.levels = 1;
+            self.query_nodes = usize::MAX;
         }
         Ok(self.step())
     }
@@ -165,7 +184,7 @@ impl Walk {
             return Step::Done(found);
         };
         let nodes = (self.query_bytes / first.packed().len().max(1)).max(1);
-        let asked = open.iter().take(nodes);
+        let asked = open.iter().take(nodes.min(self.query_nodes));
         Step::Ask(Query {
             depth: u8::try_from(first.depth()).unwrap_or(u8::MAX),
             levels: self.levels,

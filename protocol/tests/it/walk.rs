@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use proptest::prelude::*;
 use tablecast_protocol::diff::{Difference, Query, Step, Walk, Widths, answer};
-use tablecast_protocol::{Entry, Tree};
+use tablecast_protocol::{Entry, Hash, Tree};
 
 type Map = BTreeMap<Vec<u8>, Vec<u8>>;
 
@@ -143,6 +143,45 @@ fn equal_and_empty_cost_no_query_or_one() {
     // An empty server: one query brings the names of all that is to go.
     let purge = walk(&empty, &full, false, 1 << 20);
     assert_eq!((purge.rounds, purge.difference.deletes.len()), (1, 3000));
+}
+
+/// Children's hashes that differ from everybody's: one level, or two.
+fn all_other(levels: u32) -> Vec<u8> {
+    let below = if levels > 1 { all_other(levels - 1) } else { vec![7; 6] };
+    [vec![0xff; 2], below.repeat(16)].concat()
+}
+
+/// A server that would send all open nodes again for each byte of an answer that covers one.
+#[test]
+fn a_follower_that_answers_bit_by_bit_is_not_asked_for_all_again() {
+    let (mut walk, step) = Walk::new(filled(100_000), Hash::from_bytes([7; 24]), 1, false, 1 << 20);
+    assert!(matches!(step, Step::Ask(_)));
+    let mut received = 0;
+    let mut sent = 0;
+    // At depth 4 there are 65,536 nodes; then one of them at a time, with no entries.
+    let root = [vec![0], all_other(2)].concat();
+    let level = [vec![0], all_other(1)].concat();
+    let answers = [root, level.repeat(256), level.repeat(4096)];
+    let bit_by_bit = std::iter::repeat_n(vec![1], 1000);
+    for answer in answers.into_iter().chain(bit_by_bit) {
+        received += answer.len();
+        match walk.handle_answer(&answer.into()).unwrap() {
+            Step::Ask(query) => sent += query.nodes.len(),
+            Step::Done(_) => panic!("nodes are open still"),
+        }
+    }
+    assert!(sent <= 2 * received, "{sent} bytes are asked for {received}");
+}
+
+/// A server that would remember whatever a follower names, without end.
+#[test]
+fn a_follower_has_no_more_keys_than_it_said() {
+    for (len, fits) in [(3000, true), (2999, false)] {
+        let (mut walk, step) = Walk::new(Tree::new(), filled(3000).root(), len, false, 1 << 20);
+        let Step::Ask(query) = step else { panic!("the roots differ") };
+        let answer = answer(&filled(3000), &query, 1 << 20).unwrap();
+        assert_eq!(walk.handle_answer(&answer).is_ok(), fits);
+    }
 }
 
 #[test]
