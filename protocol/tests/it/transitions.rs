@@ -1878,6 +1878,18 @@ fn the_client_says_what_was_held() {
 }
 
 #[test]
+fn the_client_deletes_no_key_over_and_over() {
+    // Where nothing is held, a prefix that half of a table begins with could be named in a byte a time.
+    let tree = Tree::build((0..64_u32).map(|n| (n.to_be_bytes(), "1")));
+    let first = *tree.iter().next().unwrap().key_hash().as_bytes().first().unwrap();
+    let mut end = announced(&tree, u64::MAX, 0, u64::MAX);
+    end.message(repair(vec![], 1, &[first; 8]));
+    assert!(matches!(end.outputs[..], [Output::Repair { .. }]));
+    end.message(repair(vec![], 1, &[first; 96]));
+    closes_on_too_much(&end, "more keys than there are");
+}
+
+#[test]
 fn a_mark_at_which_the_store_cannot_be_read_is_none() {
     let mut end = client_stage("verified");
     let mark = ToClient::Mark { revision: START };
