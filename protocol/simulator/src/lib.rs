@@ -38,9 +38,11 @@
     reason = "a run that panics has failed, and its numbers are small"
 )]
 
+mod choices;
 mod coverage;
 mod fault;
 mod follower;
+pub mod fuzz;
 mod history;
 mod pipe;
 mod scheduler;
@@ -50,8 +52,8 @@ mod world;
 use std::fmt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
+use choices::Choices;
 pub use coverage::Coverage;
-use fastrand::Rng;
 pub use fault::Fault;
 use world::World;
 
@@ -94,7 +96,7 @@ struct Config {
 }
 
 impl Config {
-    fn draw(rng: &mut Rng, deliveries: u64) -> Self {
+    fn draw(rng: &mut Choices<'_>, deliveries: u64) -> Self {
         let mut pick = |choices: &[usize]| choices[rng.usize(..choices.len())];
         let keys = pick(&[4, 6, 6, 9, 9, 12, 24, 63]);
         let shorten_changes = pick(&[0, 1000, 1000]);
@@ -232,6 +234,20 @@ pub fn run(seed: u64, deliveries: u64, totals: &mut Totals) -> Result<(), Failur
     Run { seed, deliveries, ..Run::default() }.run(totals)
 }
 
+/// One run whose decisions are these bytes, one each, as far as they go: for a fuzzer, which finds what a
+/// seed does not. A panic is left to the caller.
+///
+/// # Errors
+/// Says what did not hold.
+pub fn run_choices(bytes: &[u8], totals: &mut Totals) -> Result<(), String> {
+    let mut choices = Choices::of_bytes(bytes);
+    // A delivery takes some eight decisions.
+    let config = Config::draw(&mut choices, bytes.len() as u64 / 8);
+    totals.runs += 1;
+    let mut world = World::new(config, choices, totals);
+    world.run().and_then(|()| world.converge())
+}
+
 /// A run, and what is special about it.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Run {
@@ -252,7 +268,7 @@ impl Run {
     /// # Errors
     /// If something does not hold that must.
     pub fn run(self, totals: &mut Totals) -> Result<(), Failure> {
-        let mut rng = Rng::with_seed(self.seed);
+        let mut rng = Choices::of_seed(self.seed);
         #[cfg_attr(not(feature = "mutations"), expect(unused_mut, reason = "one shape"))]
         let mut config = Config::draw(&mut rng, self.deliveries);
         #[cfg(feature = "mutations")]

@@ -7,7 +7,6 @@ use std::collections::{BTreeSet, VecDeque};
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::Duration;
 
-use fastrand::Rng;
 use tablecast_protocol::client::{self, RootOf};
 use tablecast_protocol::diff::{Answer, Query, Step, Walk};
 use tablecast_protocol::server::{self, Event, SessionConfig, Transmit};
@@ -18,6 +17,7 @@ use tablecast_protocol::{
     ToServer, Tree, Values, Way,
 };
 
+use crate::choices::Choices;
 use crate::fault::Fault;
 use crate::history::{Cells, History, Id, KEYS, key, value};
 use crate::pipe::{Frame, Pipe};
@@ -44,7 +44,7 @@ pub(crate) mod kind {
 
 pub(crate) struct World<'a> {
     pub(crate) config: Config,
-    pub(crate) rng: Rng,
+    pub(crate) rng: Choices<'a>,
     pub(crate) totals: &'a mut Totals,
     /// What has been done, if somebody wants to know.
     pub(crate) trace: Option<Vec<String>>,
@@ -209,7 +209,7 @@ pub(crate) fn filled(cells: &Cells) -> FaultyStore {
 
 impl<'a> World<'a> {
     /// Tables that differ: every follower begins with its own part of the keys.
-    pub(crate) fn new(config: Config, rng: Rng, totals: &'a mut Totals) -> Self {
+    pub(crate) fn new(config: Config, rng: Choices<'a>, totals: &'a mut Totals) -> Self {
         let keys = config.keys;
         let mut cells = [0; KEYS];
         (0..keys * 2 / 3).for_each(|key| cells[key] = key as Id + 1);
