@@ -2,7 +2,7 @@
 
 mod catch_up;
 pub(crate) mod fanout;
-mod load;
+pub(crate) mod load;
 pub(crate) mod peer;
 pub(crate) mod plain;
 mod reconcile;

@@ -8,11 +8,13 @@
 mod compare;
 mod diff;
 mod grow;
+mod hostile;
 mod instructions;
 mod machine;
 mod process;
 mod report;
 mod simulate;
+mod soak;
 mod storm;
 mod stream;
 mod tree;
@@ -45,12 +47,25 @@ enum Question {
     Instructions(instructions::Args),
     /// Seeded runs of the protocol with faults: is everything kept that is promised?
     Simulate(simulate::Args),
+    /// Processes that are killed, stopped and disturbed, over TCP, for as long as asked: are all tables equal in the end?
+    Soak(soak::Args),
+    /// What honest followers get beside connections that mean harm, and what such a connection costs.
+    Hostile(hostile::Args),
     /// The memory of one tree, for `tree`, in a process of its own.
     #[command(hide = true)]
     TreeMemory(tree::MemoryArgs),
     /// The server and the writer of `stream`, in a process of their own.
     #[command(hide = true)]
     StreamServer(stream::server::Args),
+    /// The connections of `hostile`, in a process of their own.
+    #[command(hide = true)]
+    HostileLoad(hostile::load::Args),
+    /// The server of `soak`, in a process of its own.
+    #[command(hide = true)]
+    SoakServer(soak::server::Args),
+    /// A follower of `soak`, in a process of its own.
+    #[command(hide = true)]
+    SoakFollower(soak::follower::Args),
     /// What `instructions` counts, in a process of its own.
     #[command(hide = true)]
     InstructionsWork(instructions::WorkArgs),
@@ -69,6 +84,11 @@ fn main() -> anyhow::Result<()> {
         Question::Grow(args) => grow::run(&args),
         Question::Instructions(args) => instructions::run(&args),
         Question::Simulate(args) => simulate::run(&args),
+        Question::Soak(args) => block_on(soak::run(&args))?.print(args.json),
+        Question::Hostile(args) => hostile::run(&args)?.print(args.json),
+        Question::HostileLoad(args) => block_on(hostile::load::run(&args)),
+        Question::SoakServer(args) => block_on(soak::server::run(&args)),
+        Question::SoakFollower(args) => block_on(soak::follower::run(&args)),
         Question::InstructionsWork(args) => instructions::work(&args),
         Question::TreeMemory(args) => tree::run_memory(&args),
         Question::StreamServer(args) => block_on(stream::server::run(&args)),

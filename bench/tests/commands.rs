@@ -57,6 +57,25 @@ fn storm() {
 }
 
 #[test]
+fn soak() {
+    let answer = ask("soak --seconds 5 --seed 3 --followers 3 --json");
+    assert_positive(&answer, &["times_all_equal", "writes", "changes", "verified"]);
+    let faults = answer["faults"].as_object().unwrap();
+    assert!(faults.keys().any(|fault| fault.contains("killed")), "{answer}");
+    assert!(answer["seen"]["keys repaired"].as_u64().unwrap() > 0, "{answer}");
+}
+
+#[test]
+fn hostile() {
+    let asked = "hostile --connections 16 --followers 5 --keys 1000 --seconds 2 --turns 1 --json";
+    let answer = ask(asked);
+    let delivered = ["quiet_delivered_per_s", "hostile_delivered_per_s", "ratio"];
+    assert_positive(&answer, &delivered);
+    // Every kind has done something.
+    assert_eq!(answer["done_in_last_turn"].as_object().unwrap().len(), 8, "{answer}");
+}
+
+#[test]
 fn simulate() {
     let answer = ask("simulate --seconds 1 --threads 1 --from 5 --json");
     assert_positive(&answer, &["runs", "runs_per_s", "delivered_per_run", "diffs"]);
