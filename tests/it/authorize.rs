@@ -214,7 +214,9 @@ async fn a_decision_that_panics_ends_its_own_connection() {
     };
     let odd = follower("odd");
     not_connected(&odd, "").await;
-    assert!(connect(&follower("even")).await.equal());
+    // Kept: a handle that is dropped takes its connection with it.
+    let even = follower("even");
+    assert!(connect(&even).await.equal());
     assert!(!odd.status().await.unwrap().connected);
     assert_eq!(server.followers().await.unwrap().len(), 1);
 }
