@@ -29,8 +29,8 @@ const UNASKED: usize = 80;
 const OUTPUTS: usize = 4;
 
 /// A follower's session, fed with any messages that can be said, in any order, beside diffs and time. Never a
-/// panic. What it sends is at most [`FACTOR`] times what it was sent, and one answer of the size that the
-/// limits allow for each query; a message has [`OUTPUTS`] effects at the most; a diff deletes no more keys
+/// panic. What it sends is at most `FACTOR` times what it was sent, and one answer of the size that the
+/// limits allow for each query; a message has `OUTPUTS` effects at the most; a diff deletes no more keys
 /// than the follower had, or allows; and store and tree agree in the end.
 pub fn client(input: &[u8]) {
     let mut u = Unstructured::new(input);

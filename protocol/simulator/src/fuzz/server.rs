@@ -30,8 +30,8 @@ const REQUESTS: usize = 24;
 const FOLLOWER: FollowerId = FollowerId(1);
 
 /// A server's session, fed with any messages that can be said, in any order, beside writes and time. Never a
-/// panic. What it sends is at most [`FACTOR`] times what it was sent, each change once, and the whole table for
-/// every diff that was asked for; it asks for at most [`REQUESTS`] things at a time.
+/// panic. What it sends is at most `FACTOR` times what it was sent, each change once, and the whole table for
+/// every diff that was asked for; it asks for at most `REQUESTS` things at a time.
 pub fn server(input: &[u8]) {
     let mut u = Unstructured::new(input);
     ran_out(Server::new(&mut u).and_then(|mut server| server.run(&mut u)));
