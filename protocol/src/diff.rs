@@ -122,6 +122,10 @@ impl<'de> Deserialize<'de> for Query {
     }
 }
 
+/// Most bytes of paths in one query, whatever a frame may hold: more are asked for in the next. A follower takes
+/// 17 bytes for one of them.
+const QUERY_BYTES: usize = 1 << 20;
+
 impl Query {
     /// The nodes' paths.
     ///
@@ -143,6 +147,9 @@ impl Query {
             } else {
                 Err(query("the root has no path"))
             };
+        }
+        if self.nodes.len() > QUERY_BYTES {
+            return Err(query("the paths are above 1 MiB"));
         }
         let packed = self.nodes.chunks_exact(depth.div_ceil(2));
         if self.nodes.is_empty() || !packed.remainder().is_empty() {

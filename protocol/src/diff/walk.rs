@@ -1,12 +1,9 @@
 //! The asking side: one query in flight, one level at a time.
 
 use super::answer::cut;
-use super::{Answer, Difference, Query, SMALL, Widths};
+use super::{Answer, Difference, QUERY_BYTES, Query, SMALL, Widths};
 use crate::error::ProtocolError;
 use crate::tree::{Entry, Hash, KeyPrefix, LEAF_ENTRIES, Path, Subtree, Tree};
-
-/// Most bytes of paths in one query, whatever a frame may hold: more are asked for in the next.
-const QUERY_BYTES: usize = 1 << 20;
 
 /// Most nodes that may be found to differ on one level, about 70 MB of paths: more than a follower has
 /// that has 60 million keys that the server lacks. A hostile one can make the server remember no more.

@@ -2185,6 +2185,9 @@ fn the_client_closes_on_a_malformed_query() {
     client_closes("diff", asked(Query { depth: 1, ..query() }));
     let node = Widths { node: 0, ..Widths::SHORT };
     client_closes("diff", asked(Query { widths: node, ..query() }));
+    let nodes = vec![0x10; (1 << 20) + 1].into();
+    let text = client_closes("diff", asked(Query { depth: 1, nodes, ..query() }));
+    assert_eq!(text, "malformed query: the paths are above 1 MiB");
 }
 
 #[test]
