@@ -11,7 +11,7 @@
 //! | [`Ready`], [`ContinueFrom`], [`Await`] | the position at which the history began | user |
 //! | [`GetStatus`], [`GetFollowers`], [`Snapshot`], [`Subscribe`] | what is asked for | user |
 //! | [`Stop`] | when the last connection is closed | user |
-//! | `Connect`, `Ask`, `Gone` | a `Reply`, later | Middleman |
+//! | `Connect`, `Ask`, `Gone` | a [`Reply`], later | Middleman |
 
 pub mod differ;
 mod endpoint;
@@ -26,6 +26,7 @@ use std::time::Duration;
 
 use actix::prelude::*;
 use tablecast_protocol::diff::Difference;
+use tablecast_protocol::server::Reply;
 use tablecast_protocol::{
     Change, DiffId, Epoch, FollowerId, Hash, Log, Position, Reason, Revision, Table, Tree, Way,
     WriteError,
@@ -39,7 +40,7 @@ use crate::config::ServerConfig;
 use crate::metrics;
 use crate::status::{FollowerStatus, ServerStatus};
 pub use endpoint::{Arbiters, Endpoint};
-use middleman::{Middleman, Reply};
+use middleman::{Command, Middleman};
 
 /// Changes, as one unit: all or nothing, consecutive revisions, one frame.
 #[derive(Debug, Message)]
@@ -259,14 +260,14 @@ impl Server {
     fn wake(&self) {
         for follower in self.followers.values() {
             if !follower.woken.swap(true, Ordering::AcqRel) {
-                follower.middleman.do_send(Reply::Grown);
+                follower.middleman.do_send(Command::Grown);
             }
         }
     }
 
     fn reply(&self, follower: FollowerId, reply: Reply) {
         if let Some(follower) = self.followers.get(&follower) {
-            follower.middleman.do_send(reply);
+            follower.middleman.do_send(reply.into());
         }
     }
 
@@ -377,7 +378,7 @@ impl Drop for Server {
         for follower in self.followers.values() {
             follower
                 .middleman
-                .do_send(Reply::Close(Reason::Failed, "the server failed".to_owned()));
+                .do_send(Reply::Close(Reason::Failed, "the server failed".to_owned()).into());
         }
     }
 }
@@ -523,7 +524,7 @@ impl Handler<Stop> for Server {
         self.awaiting.clear();
         let head = self.head();
         for follower in self.followers.values() {
-            follower.middleman.do_send(Reply::Stop(head));
+            follower.middleman.do_send(Command::Stop(head));
         }
         self.stop_if_alone(ctx);
         Box::pin(async move { drop(stopped.await) })
@@ -536,13 +537,13 @@ impl Handler<Connect> for Server {
     fn handle(&mut self, connect: Connect, _: &mut Context<Self>) {
         let Connect { follower, position, middleman, woken, status } = connect;
         let Some(head) = self.table.position().filter(|_| self.stopping.is_none()) else {
-            middleman.do_send(Reply::Close(Reason::Stopping, "not serving".to_owned()));
+            middleman.do_send(Reply::Close(Reason::Stopping, "not serving".to_owned()).into());
             return;
         };
         let limit = self.config.followers;
         if self.followers.len() >= limit {
             let text = format!("there are {limit} followers, which is the limit");
-            middleman.do_send(Reply::Close(Reason::Full, text));
+            middleman.do_send(Reply::Close(Reason::Full, text).into());
             return;
         }
         // What was written before is in the log before the follower's place is decided.
@@ -550,7 +551,7 @@ impl Handler<Connect> for Server {
         let way = self.log.lock().way(head.epoch, position.as_ref());
         let at = position.filter(|_| way == Way::Resumed).unwrap_or(head);
         status.lock().unwrap_or_else(PoisonError::into_inner).sent = at.revision;
-        middleman.do_send(Reply::Subscribed(at, way, head));
+        middleman.do_send(Reply::Subscribed(at, way, head).into());
         self.turn += 1;
         let turn = self.turn;
         self.followers.insert(follower, Follower { middleman, turn, woken, status });
@@ -586,7 +587,7 @@ impl Handler<Ask> for Server {
                     log.mark(follower, diff);
                     log.head()
                 };
-                self.reply(follower, Reply::Marked(diff, head, self.table.tree().clone()));
+                self.reply(follower, Reply::Mark(diff, head, self.table.tree().clone()));
             }
             Question::End => self.end_diffs(|f, d| (f, d) == (follower, diff)),
         }

@@ -352,6 +352,36 @@ pub enum Event {
     Close(Close),
 }
 
+/// What the actor answers to an [`Event`], as a value that can be sent and kept: each is the argument of the
+/// method that the event names. [`Session::handle_reply`] takes any.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub enum Reply {
+    /// [`Session::handle_subscribed`].
+    Subscribed(Position, Way, Position),
+    /// [`Session::handle_shortened`].
+    Shortened(Option<Shortened>),
+    /// [`Session::handle_admitted`].
+    Admitted(DiffId),
+    /// [`Session::handle_busy`].
+    Busy(DiffId),
+    /// [`Session::handle_snapshot`].
+    Snapshot(DiffId, Tree),
+    /// [`Session::handle_step`].
+    Step(DiffId, Step),
+    /// [`Session::handle_walk_failed`].
+    WalkFailed(DiffId),
+    /// [`Session::handle_bad_answer`].
+    BadAnswer(DiffId, ProtocolError),
+    /// [`Session::handle_values`].
+    Values(DiffId, Values),
+    /// [`Session::handle_mark`].
+    Mark(DiffId, Revision, Tree),
+    /// [`Session::handle_root`].
+    Root(Revision, Hash),
+    /// [`Session::handle_close`].
+    Close(Reason, String),
+}
+
 /// What a diff was for the server.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Served {
@@ -834,6 +864,24 @@ impl Session {
             State::Diff(_) => {
                 Some(self.heartbeat.next().min(self.progressed.1 + self.config.diff_stall))
             }
+        }
+    }
+
+    /// An answer to an [`Event`].
+    pub fn handle_reply(&mut self, reply: Reply) {
+        match reply {
+            Reply::Subscribed(at, way, head) => self.handle_subscribed(at, way, head),
+            Reply::Shortened(shortened) => self.handle_shortened(shortened),
+            Reply::Admitted(diff) => self.handle_admitted(diff),
+            Reply::Busy(diff) => self.handle_busy(diff),
+            Reply::Snapshot(diff, tree) => self.handle_snapshot(diff, tree),
+            Reply::Step(diff, step) => self.handle_step(diff, step),
+            Reply::WalkFailed(diff) => self.handle_walk_failed(diff),
+            Reply::BadAnswer(diff, error) => self.handle_bad_answer(diff, &error),
+            Reply::Values(diff, values) => self.handle_values(diff, values),
+            Reply::Mark(diff, revision, tree) => self.handle_mark(diff, revision, tree),
+            Reply::Root(revision, root) => self.handle_root(revision, root),
+            Reply::Close(reason, text) => self.handle_close(reason, text),
         }
     }
 

@@ -6,9 +6,10 @@
 
 use actix::prelude::*;
 use tablecast_protocol::diff::{Answer, Step, Walk};
+use tablecast_protocol::server::Reply;
 use tablecast_protocol::{DiffId, Hash, Tree};
 
-use super::middleman::{Middleman, Reply};
+use super::middleman::Middleman;
 
 /// What the follower has at the nodes of the last query.
 #[derive(Debug, Message)]
@@ -52,7 +53,7 @@ impl Differ {
             self.told = true;
             ctx.stop();
         }
-        self.middleman.do_send(Reply::Step(self.diff, step));
+        self.middleman.do_send(Reply::Step(self.diff, step).into());
     }
 }
 
@@ -72,7 +73,7 @@ impl Drop for Differ {
     /// Also after a panic, which ends this actor and nothing else.
     fn drop(&mut self) {
         if !self.told {
-            self.middleman.do_send(Reply::WalkFailed(self.diff));
+            self.middleman.do_send(Reply::WalkFailed(self.diff).into());
         }
     }
 }
@@ -87,7 +88,7 @@ impl Handler<Answered> for Differ {
             Some(Ok(step)) => self.say(step, ctx),
             Some(Err(error)) => {
                 self.told = true;
-                self.middleman.do_send(Reply::BadAnswer(self.diff, error));
+                self.middleman.do_send(Reply::BadAnswer(self.diff, error).into());
                 ctx.stop();
             }
             None => ctx.stop(),

@@ -19,11 +19,9 @@ use std::time::Duration;
 use actix::prelude::*;
 use actix_rt::ArbiterHandle;
 use bytes::Bytes;
-use tablecast_protocol::diff::Step;
-use tablecast_protocol::server::{Event, Served, Session, Transmit};
+use tablecast_protocol::server::{Event, Reply, Served, Session, Transmit};
 use tablecast_protocol::{
-    AbortReason, DiffId, FollowerId, Hash, Missed, Position, ProtocolError, Reason, Revision,
-    Shortened, ToServer, Tree, Values, Way, wire,
+    AbortReason, DiffId, FollowerId, Missed, Position, Reason, Revision, Shortened, ToServer, wire,
 };
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::Instant;
@@ -48,27 +46,23 @@ const TURNS: usize = 32;
 /// What the Server, the Differ or the clock says.
 #[derive(Debug, Message)]
 #[rtype(result = "()")]
-pub(crate) enum Reply {
+pub(crate) enum Command {
     /// The log grew. The pump looks at it.
     Grown,
     /// It is time to look at the clock.
     Timeout,
-    Subscribed(Position, Way, Position),
-    Shortened(Option<Shortened>),
-    Admitted(DiffId),
-    Busy(DiffId),
-    Snapshot(DiffId, Tree),
-    Values(DiffId, Values),
-    Marked(DiffId, Revision, Tree),
-    Step(DiffId, Step),
-    WalkFailed(DiffId),
-    BadAnswer(DiffId, ProtocolError),
-    Root(Revision, Option<Hash>),
-    Close(Reason, String),
+    /// For the session.
+    Reply(Reply),
     /// The server stops at this revision: what is in the log goes out first, for a while.
     Stop(Revision),
     /// Nobody is let in any more. The Server tells those who are.
     Unserved,
+}
+
+impl From<Reply> for Command {
+    fn from(reply: Reply) -> Self {
+        Self::Reply(reply)
+    }
 }
 
 /// What counts of what a follower missed, if that has been found out by the time this is dropped.
@@ -76,7 +70,7 @@ struct Answer(Addr<Middleman>, Option<Shortened>);
 
 impl Drop for Answer {
     fn drop(&mut self) {
-        self.0.do_send(Reply::Shortened(self.1.take()));
+        self.0.do_send(Reply::Shortened(self.1.take()).into());
     }
 }
 
@@ -202,7 +196,11 @@ impl Middleman {
                 Event::Root(revision, tree) => {
                     let this = ctx.address();
                     let root = async move {
-                        this.do_send(Reply::Root(revision, root_of(tree).await));
+                        let reply = match root_of(tree).await {
+                            Some(root) => Reply::Root(revision, root),
+                            None => Reply::Close(Reason::Failed, "no root".to_owned()),
+                        };
+                        this.do_send(reply.into());
                     };
                     ctx.spawn(root.into_actor(self));
                 }
@@ -258,7 +256,7 @@ impl Middleman {
         let this = ctx.address();
         let place = Arc::clone(&self.shared.shortening).try_acquire_owned();
         let Ok(place) = place else {
-            this.do_send(Reply::Shortened(None));
+            this.do_send(Reply::Shortened(None).into());
             return;
         };
         let log = self.shared.log.clone();
@@ -332,7 +330,7 @@ impl Middleman {
             let wait = wait.min(self.shared.config.stall_timeout);
             self.timer = Some(ctx.run_later(wait, |middleman, ctx| {
                 middleman.timer = None;
-                ctx.address().do_send(Reply::Timeout);
+                ctx.address().do_send(Command::Timeout);
             }));
         }
     }
@@ -499,7 +497,7 @@ impl Actor for Middleman {
         let (stopping, this) = (self.shared.stopping.clone(), ctx.address());
         let stop = async move {
             stopping.cancelled_owned().await;
-            this.do_send(Reply::Unserved);
+            this.do_send(Command::Unserved);
         };
         ctx.spawn(stop.into_actor(self));
         self.set_timer(ctx);
@@ -509,7 +507,7 @@ impl Actor for Middleman {
             if matches!(middleman.session.state(), "Hello" | "Subscribing") {
                 let error =
                     AccessError::Timeout { what: "handshake", seconds: limit.as_secs_f32() };
-                ctx.address().do_send(Reply::Close(Reason::Silent, error.to_string()));
+                ctx.address().do_send(Reply::Close(Reason::Silent, error.to_string()).into());
             }
         });
     }
@@ -541,48 +539,38 @@ impl ActorFuture<Middleman> for Pump {
     }
 }
 
-impl Handler<Reply> for Middleman {
+impl Handler<Command> for Middleman {
     type Result = ();
 
-    fn handle(&mut self, reply: Reply, ctx: &mut Context<Self>) {
+    fn handle(&mut self, command: Command, ctx: &mut Context<Self>) {
         let session = &mut self.session;
-        match reply {
-            Reply::Grown => return,
-            Reply::Timeout => {
+        match command {
+            Command::Grown => return,
+            Command::Timeout => {
                 session.handle_timeout(self.born.elapsed());
                 self.watch_socket(ctx);
                 self.set_timer(ctx);
             }
-            Reply::Subscribed(at, way, missed) => {
-                self.stranger = None;
-                session.handle_subscribed(at, way, missed);
+            Command::Reply(reply) => {
+                if matches!(reply, Reply::Subscribed(..)) {
+                    self.stranger = None;
+                }
+                if matches!(reply, Reply::Admitted(_)) {
+                    self.diff_since.1 = Some(Instant::now());
+                }
+                session.handle_reply(reply);
             }
-            Reply::Shortened(shortened) => session.handle_shortened(shortened),
-            Reply::Admitted(diff) => {
-                self.diff_since.1 = Some(Instant::now());
-                session.handle_admitted(diff);
-            }
-            Reply::Busy(diff) => session.handle_busy(diff),
-            Reply::Snapshot(diff, tree) => session.handle_snapshot(diff, tree),
-            Reply::Values(diff, values) => session.handle_values(diff, values),
-            Reply::Marked(diff, revision, tree) => session.handle_mark(diff, revision, tree),
-            Reply::Step(diff, step) => session.handle_step(diff, step),
-            Reply::WalkFailed(diff) => session.handle_walk_failed(diff),
-            Reply::BadAnswer(diff, error) => session.handle_bad_answer(diff, &error),
-            Reply::Root(revision, Some(root)) => session.handle_root(revision, root),
-            Reply::Root(_, None) => session.handle_close(Reason::Failed, "no root"),
-            Reply::Close(reason, text) => session.handle_close(reason, text),
-            Reply::Unserved => {
+            Command::Unserved => {
                 if !matches!(session.state(), "Relay" | "Diff") {
                     session.handle_stop();
                 }
             }
-            Reply::Stop(head) => {
+            Command::Stop(head) => {
                 session.handle_stop();
                 ctx.run_later(self.shared.config.drain_timeout, move |middleman, ctx| {
                     let sent = middleman.session.sent();
                     let text = format!("the history ends at revision {head}, sent up to {sent}");
-                    ctx.address().do_send(Reply::Close(Reason::Stopping, text));
+                    ctx.address().do_send(Reply::Close(Reason::Stopping, text).into());
                 });
             }
         }

@@ -8,13 +8,13 @@ use std::sync::atomic::Ordering::Relaxed;
 use std::time::Duration;
 
 use tablecast_protocol::client::{self, RootOf};
-use tablecast_protocol::diff::{Answer, Query, Step, Walk};
-use tablecast_protocol::server::{self, Event, SessionConfig, Transmit};
+use tablecast_protocol::diff::{Answer, Query, Walk};
+use tablecast_protocol::server::{self, Event, Reply, SessionConfig, Transmit};
 use tablecast_protocol::wire::Changes;
 use tablecast_protocol::{
     AbortReason, Chain, Change, DiffId, Epoch, FollowerId, Hash, HeartbeatConfig, Limits, Log,
-    Missed, Position, ProtocolError, Reason, Replica, Revision, Shortened, Store, Table, ToClient,
-    ToServer, Tree, Values, Way,
+    Missed, Position, Reason, Replica, Revision, Shortened, Store, Table, ToClient, ToServer, Tree,
+    Way,
 };
 
 use crate::choices::Choices;
@@ -156,21 +156,6 @@ pub(crate) struct ClientEnd {
     pub(crate) work: VecDeque<Work>,
     /// Keys of live changes since `SyncStart`, as the follower sees them.
     pub(crate) updated: u64,
-}
-
-pub(crate) enum Reply {
-    Subscribed(Position, Way, Position),
-    Shortened(Option<Shortened>),
-    Close(Reason),
-    Admitted(DiffId),
-    Busy(DiffId),
-    Snapshot(DiffId, Tree),
-    Step(DiffId, Step),
-    BadAnswer(DiffId, ProtocolError),
-    Lost(DiffId),
-    Values(DiffId, Values),
-    Mark(DiffId, Revision, Tree),
-    Root(Revision, Hash),
 }
 
 pub(crate) struct Differ {
@@ -705,7 +690,7 @@ impl<'a> World<'a> {
                 let at = position.filter(|_| way == Way::Resumed).unwrap_or(head);
                 if self.config.allows(Fault::RefusedConnection) && self.rng.u8(..) < 16 {
                     self.fault(Fault::RefusedConnection);
-                    Reply::Close(Reason::Full)
+                    Reply::Close(Reason::Full, String::new())
                 } else {
                     Reply::Subscribed(at, way, head)
                 }
@@ -770,24 +755,9 @@ impl<'a> World<'a> {
         let Some(reply) = server.replies.pop_front() else { return Ok(()) };
         let session = &mut server.session;
         server.dry = false;
-        let mut stale = false;
-        match reply {
-            Reply::Subscribed(at, way, head) => session.handle_subscribed(at, way, head),
-            Reply::Shortened(shortened) => session.handle_shortened(shortened),
-            Reply::Close(reason) => session.handle_close(reason, ""),
-            Reply::Admitted(diff) => session.handle_admitted(diff),
-            Reply::Busy(diff) => session.handle_busy(diff),
-            Reply::Snapshot(diff, tree) => session.handle_snapshot(diff, tree),
-            Reply::Step(diff, step) => {
-                stale = diff != server.diff && session.phase().is_some();
-                session.handle_step(diff, step);
-            }
-            Reply::BadAnswer(diff, error) => session.handle_bad_answer(diff, &error),
-            Reply::Lost(diff) => session.handle_walk_failed(diff),
-            Reply::Values(diff, values) => session.handle_values(diff, values),
-            Reply::Mark(diff, at, tree) => session.handle_mark(diff, at, tree),
-            Reply::Root(revision, root) => session.handle_root(revision, root),
-        }
+        let stale = matches!(&reply, Reply::Step(diff, _) if *diff != server.diff)
+            && session.phase().is_some();
+        session.handle_reply(reply);
         if stale {
             self.fault(Fault::StaleDiffer);
         }
@@ -823,7 +793,7 @@ impl<'a> World<'a> {
         match reply {
             Some(_) if lost => {
                 server.differs.remove(which);
-                server.replies.push_back(Reply::Lost(diff));
+                server.replies.push_back(Reply::WalkFailed(diff));
                 self.fault(Fault::LostDiffer);
             }
             Some(reply) => server.replies.push_back(reply),

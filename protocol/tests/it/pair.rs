@@ -10,13 +10,13 @@ use std::time::Duration;
 use bytes::Bytes;
 use imbl::OrdMap;
 use tablecast_protocol::client::{self, Output, RootOf};
-use tablecast_protocol::diff::{self, Answer, Query, Step, Walk};
-use tablecast_protocol::server::{self, Event, SessionConfig, Transmit};
+use tablecast_protocol::diff::{self, Answer, Query, Walk};
+use tablecast_protocol::server::{self, Event, Reply, SessionConfig, Transmit};
 use tablecast_protocol::wire::{self, HEADER_BYTES};
 use tablecast_protocol::{
     AbortReason, Chain, Change, DiffId, Digest, Epoch, FollowerId, Hash, HeartbeatConfig, Key,
     Limits, Log, MemoryStore, Missed, Mutation, Position, Reader, Replica, Revision, Shortened,
-    Store, StoreError, Table, ToClient, ToServer, Tree, Value, Values, Way,
+    Store, StoreError, Table, ToClient, ToServer, Tree, Value, Way,
 };
 
 pub type Map = OrdMap<Key, Value>;
@@ -165,17 +165,6 @@ struct Link {
     shortened: bool,
     /// Keys of live changes since `SyncStart`, as the follower sees them.
     updated: BTreeSet<Key>,
-}
-
-enum Reply {
-    Subscribed(Position, Way, Position),
-    Shortened(Option<Shortened>),
-    Admitted(DiffId),
-    Snapshot(DiffId, Tree),
-    Step(DiffId, Step),
-    Values(DiffId, Values),
-    Mark(DiffId, Revision, Tree),
-    Root(Revision, Hash),
 }
 
 struct Differ {
@@ -640,18 +629,8 @@ impl World {
 
     fn reply(&mut self, index: usize) {
         let Some(link) = &mut self.followers[index].link else { return };
-        match link.replies.pop_front() {
-            None => {}
-            Some(Reply::Subscribed(at, way, head)) => {
-                link.server.handle_subscribed(at, way, head);
-            }
-            Some(Reply::Shortened(shortened)) => link.server.handle_shortened(shortened),
-            Some(Reply::Admitted(diff)) => link.server.handle_admitted(diff),
-            Some(Reply::Snapshot(diff, tree)) => link.server.handle_snapshot(diff, tree),
-            Some(Reply::Step(diff, step)) => link.server.handle_step(diff, step),
-            Some(Reply::Values(diff, values)) => link.server.handle_values(diff, values),
-            Some(Reply::Mark(diff, at, tree)) => link.server.handle_mark(diff, at, tree),
-            Some(Reply::Root(revision, root)) => link.server.handle_root(revision, root),
+        if let Some(reply) = link.replies.pop_front() {
+            link.server.handle_reply(reply);
         }
         self.drain_server(index);
     }

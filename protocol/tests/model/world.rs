@@ -9,12 +9,12 @@ use std::time::Duration;
 use bytes::Bytes;
 use tablecast_protocol::client::{self, Output, RootOf};
 use tablecast_protocol::diff::{self, Answer, Query, Step, Walk};
-use tablecast_protocol::server::{self, Event, SessionConfig, Transmit};
+use tablecast_protocol::server::{self, Event, Reply, SessionConfig, Transmit};
 use tablecast_protocol::wire::{self, HEADER_BYTES, Message};
 use tablecast_protocol::{
     Chain, Change, DiffId, Digest, Epoch, FollowerId, Hash, HeartbeatConfig, Key, Limits, Log,
     MemoryStore, Missed, Mutation, Position, Replica, Revision, Shortened, Store, Table, ToClient,
-    ToServer, Tree, Value, Values, Way,
+    ToServer, Tree, Value, Way,
 };
 
 pub type Map = BTreeMap<Key, Value>;
@@ -198,17 +198,6 @@ struct Link {
     replies: VecDeque<Reply>,
     differs: Vec<Differ>,
     work: VecDeque<Work>,
-}
-
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
-enum Reply {
-    Subscribed(Position, Way, Position),
-    Shortened(Option<Shortened>),
-    Admitted(DiffId),
-    Snapshot(DiffId, Tree),
-    Values(DiffId, Values),
-    Mark(DiffId, Revision, Tree),
-    Root(Revision, Hash),
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -687,15 +676,8 @@ impl World {
 
     fn reply(&mut self, f: usize) {
         let link = self.link(f);
-        match link.replies.pop_front().unwrap() {
-            Reply::Subscribed(at, way, head) => link.server.handle_subscribed(at, way, head),
-            Reply::Shortened(shortened) => link.server.handle_shortened(shortened),
-            Reply::Admitted(diff) => link.server.handle_admitted(diff),
-            Reply::Snapshot(diff, tree) => link.server.handle_snapshot(diff, tree),
-            Reply::Values(diff, values) => link.server.handle_values(diff, values),
-            Reply::Mark(diff, at, tree) => link.server.handle_mark(diff, at, tree),
-            Reply::Root(revision, root) => link.server.handle_root(revision, root),
-        }
+        let reply = link.replies.pop_front().unwrap();
+        link.server.handle_reply(reply);
     }
 
     fn step(&mut self, f: usize, diff: DiffId) {
