@@ -34,27 +34,11 @@ fn position() -> impl Strategy<Value = Position> {
 }
 
 fn way() -> impl Strategy<Value = Way> {
-    proptest::sample::select(vec![
-        Way::Resumed,
-        Way::NoPosition,
-        Way::OtherEpoch,
-        Way::NotInLog,
-        Way::OtherChain,
-        Way::Ahead,
-        Way::Shortened,
-    ])
+    proptest::sample::select(Way::ALL)
 }
 
 fn abort_reason() -> impl Strategy<Value = AbortReason> {
-    proptest::sample::select(vec![
-        AbortReason::FellBehind,
-        AbortReason::Stale,
-        AbortReason::Updated,
-        AbortReason::Walk,
-        AbortReason::Busy,
-        AbortReason::Stalled,
-        AbortReason::Held,
-    ])
+    proptest::sample::select(AbortReason::ALL)
 }
 
 fn to_server() -> impl Strategy<Value = ToServer> {

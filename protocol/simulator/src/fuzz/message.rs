@@ -87,15 +87,7 @@ pub(super) fn to_client(u: &mut Unstructured<'_>, fitting: &Fitting) -> Result<T
                 frame_bytes: near(u, frame_bytes as u64)?,
                 key_bytes: near(u, key_bytes as u64)?,
                 value_bytes: near(u, value_bytes as u64)?,
-                way: *u.choose(&[
-                    Way::Resumed,
-                    Way::NoPosition,
-                    Way::OtherEpoch,
-                    Way::NotInLog,
-                    Way::Ahead,
-                    Way::OtherChain,
-                    Way::Shortened,
-                ])?,
+                way: *u.choose(Way::ALL)?,
             }
         }
         1 => ToClient::Refuse { reason: reason(u)?, text: u.arbitrary()? },
@@ -128,18 +120,7 @@ pub(super) fn to_client(u: &mut Unstructured<'_>, fitting: &Fitting) -> Result<T
             suppressed: near(u, 0)?,
             failed: near(u, 0)?,
         },
-        10 => ToClient::SyncAbort {
-            diff: diff(u, fitting)?,
-            reason: *u.choose(&[
-                AbortReason::FellBehind,
-                AbortReason::Stale,
-                AbortReason::Updated,
-                AbortReason::Walk,
-                AbortReason::Busy,
-                AbortReason::Stalled,
-                AbortReason::Held,
-            ])?,
-        },
+        10 => ToClient::SyncAbort { diff: diff(u, fitting)?, reason: *u.choose(AbortReason::ALL)? },
         11 => ToClient::Verify { revision: Revision(near(u, revision)?), root: hash(u, fitting)? },
         12 => ToClient::Ping {},
         13 => ToClient::Pong {},
@@ -234,17 +215,5 @@ fn query(u: &mut Unstructured<'_>) -> Result<Query> {
 }
 
 fn reason(u: &mut Unstructured<'_>) -> Result<Reason> {
-    u.choose(&[
-        Reason::Version,
-        Reason::Tree,
-        Reason::Limits,
-        Reason::Full,
-        Reason::Stopping,
-        Reason::Protocol,
-        Reason::Silent,
-        Reason::Failed,
-        Reason::Refused,
-        Reason::Other,
-    ])
-    .copied()
+    u.choose(Reason::ALL).copied()
 }
