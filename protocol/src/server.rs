@@ -54,6 +54,8 @@
 //!    snapshot of an earlier one is not listened to.
 //! 9. **Bounds.** `updated` has one; past it the diff is aborted and asked for again later.
 
+mod updated;
+
 use std::collections::{BTreeSet, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
@@ -72,9 +74,10 @@ use crate::message::{AbortReason, DiffId, Reason, TEXT_BYTES, ToClient, ToServer
 use crate::mutation::{Broken, Mutation};
 use crate::position::{Chain, Position, Revision};
 use crate::table::Values;
-use crate::tree::{Hash, KeyHash, KeyPrefix, TREE_VERSION, Tree};
+use crate::tree::{Hash, KeyHash, TREE_VERSION, Tree};
 use crate::wire::{self, Changes, HEADER_BYTES, LiveFrame, Message, Raw, VERSION};
 use crate::{Change, limits};
+use updated::Updated;
 
 /// What a server's sessions are set to. All of one server have the same.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -87,7 +90,8 @@ pub struct SessionConfig {
     /// Most repairs sent and not acknowledged: 2, so that one is on its way while one is applied,
     /// and no megabytes of them stand in a socket's buffer before a live change.
     pub repair_window: u32,
-    /// Most keys updated during one diff that are remembered: 1 Mi, about 40 MB. One more aborts it.
+    /// Most keys updated during one diff that are remembered: 1 Mi, 16 MiB. One more aborts it, or if keys were
+    /// updated over and over, as many more.
     pub updated_keys: usize,
     /// Most changes of which a follower that comes back is sent one a key: 256 Ki, for 32 KiB of memory a
     /// follower. One that missed more is sent all of them. 0 is never.
@@ -233,8 +237,8 @@ struct Diff {
     max_deletes: u64,
     served: Served,
     recording: bool,
-    /// Hashes of the keys of all live changes put on the wire while recording.
-    updated: BTreeSet<KeyHash>,
+    /// Keys of all live changes put on the wire while recording.
+    updated: Updated,
     phase: Phase,
 }
 
@@ -814,7 +818,7 @@ impl Session {
             repair.suppressed += values.changed;
             repair.failed.extend(&values.failed);
             if early {
-                repair.suppressed += suppress(&at.updated, &mut values, true);
+                repair.suppressed += at.updated.suppress(&mut values, true);
             }
             repair.ready = Some(values);
         }
@@ -1061,8 +1065,8 @@ impl Session {
         if let State::Diff(at) = &mut self.state
             && at.recording
         {
-            at.updated.extend(chunk.keys.iter());
-            let (id, full) = (at.id, at.updated.len() > self.config.updated_keys);
+            at.updated.extend(&chunk.keys);
+            let (id, full) = (at.id, at.updated.exceeds(self.config.updated_keys));
             if full && !self.broken.breaks(Mutation::UpdatedUnbounded) {
                 self.abort(id, AbortReason::Updated);
             }
@@ -1149,7 +1153,7 @@ impl Session {
         let Some(mut values) = repair.ready.take_if(|values| window && due(values)) else { return };
 
         if late {
-            repair.suppressed += suppress(&at.updated, &mut values, deletes);
+            repair.suppressed += at.updated.suppress(&mut values, deletes);
         }
         repair.turn = log.head();
         self.progress += 1;
@@ -1173,11 +1177,11 @@ impl Session {
             self.events.push_back(Event::Read { diff, found, from, max_bytes });
         } else {
             // A value that could not be read is no loss if a live change of its key came by.
-            let failed = repair.failed.difference(&at.updated).count() as u64;
+            let failed = at.updated.count_others(&repair.failed);
             at.phase =
                 Phase::Mark { suppressed: repair.suppressed, failed, mark: None, root: None };
             at.recording = false;
-            at.updated.clear();
+            at.updated = Updated::default();
             self.events.push_back(Event::Mark(diff));
         }
     }
@@ -1275,7 +1279,7 @@ impl Diff {
             max_deletes,
             served: Served::default(),
             recording: false,
-            updated: BTreeSet::new(),
+            updated: Updated::default(),
             phase: Phase::Queued,
         }
     }
@@ -1289,18 +1293,6 @@ pub(crate) fn limits_text(theirs: (u64, u64, u64), ours: &Limits) -> String {
         "peer's frames, keys and values are of up to {frame}, {key} and {value} bytes, \
          this end's of up to {frame_bytes}, {key_bytes} and {value_bytes}"
     )
-}
-
-/// Takes out what was updated meanwhile; how much that is.
-fn suppress(updated: &BTreeSet<KeyHash>, values: &mut Values, deletes: bool) -> u64 {
-    let read = values.writes.len() + values.deletes.len();
-    values.writes.retain(|(hash, ..)| !updated.contains(hash));
-    values.deletes.retain(|prefix| !deletes || !any_covered(updated, *prefix));
-    (read - values.writes.len() - values.deletes.len()) as u64
-}
-
-fn any_covered(updated: &BTreeSet<KeyHash>, prefix: KeyPrefix) -> bool {
-    updated.range(prefix.first()..).next().is_some_and(|hash| prefix.covers(hash))
 }
 
 fn repair_message(diff: DiffId, values: Values) -> ToClient {
