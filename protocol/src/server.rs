@@ -85,7 +85,7 @@ pub struct SessionConfig {
     /// Largest things.
     pub limits: Limits,
     /// About how many bytes of repairs go between two looks at the live stream: up to 64 KiB, about what
-    /// a socket takes at once, and less while the follower takes long to apply them.
+    /// a socket takes at once, and less while the follower takes long to apply them, or the stream is busy.
     pub repair_bytes: usize,
     /// Most repairs sent and not acknowledged: 2, so that one is on its way while one is applied,
     /// and no megabytes of them stand in a socket's buffer before a live change.
@@ -128,6 +128,10 @@ pub(crate) const MAX_CONTROL: usize = 16;
 /// Changes that leaving out must spare, for a shortened catch-up to be fewer bytes: a change is 3 bytes at
 /// the least, and what ends the catch-up is of 41.
 const WORTH_SHORTENING: u64 = 14;
+
+/// More bytes of live changes than these between two repairs, and the stream is busy: it is a server with as much to
+/// do as it can. The next repair is as small as the first one then: its changes are for one follower, live ones for all.
+const BUSY_BYTES: usize = 64 << 10;
 
 /// How large the first repair of a diff is at most, so that the follower has something to apply while more is
 /// read, and the smallest to which a slow follower brings it.
@@ -239,6 +243,8 @@ struct Diff {
     recording: bool,
     /// Keys of all live changes put on the wire while recording.
     updated: Updated,
+    /// Bytes of live changes put on the wire since the last repair.
+    live_bytes: usize,
     phase: Phase,
 }
 
@@ -1066,6 +1072,7 @@ impl Session {
             && at.recording
         {
             at.updated.extend(&chunk.keys);
+            at.live_bytes += chunk.frame.len();
             let (id, full) = (at.id, at.updated.exceeds(self.config.updated_keys));
             if full && !self.broken.breaks(Mutation::UpdatedUnbounded) {
                 self.abort(id, AbortReason::Updated);
@@ -1173,6 +1180,8 @@ impl Session {
         let Phase::Repair(repair) = &mut at.phase else { return };
         if repair.next < repair.found.len() {
             let (found, from) = (Arc::clone(&repair.found), repair.next);
+            let busy = std::mem::take(&mut at.live_bytes) > BUSY_BYTES;
+            let most = if busy { most.min(FIRST_REPAIR_BYTES) } else { most };
             let max_bytes = repair.max_bytes.min(most);
             self.events.push_back(Event::Read { diff, found, from, max_bytes });
         } else {
@@ -1280,6 +1289,7 @@ impl Diff {
             served: Served::default(),
             recording: false,
             updated: Updated::default(),
+            live_bytes: 0,
             phase: Phase::Queued,
         }
     }

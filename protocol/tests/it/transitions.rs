@@ -2122,6 +2122,34 @@ fn repairs_are_as_small_as_the_follower_is_slow() {
 }
 
 #[test]
+fn repairs_are_small_beside_a_busy_stream() {
+    let entries = (0..3000_u16).map(|n| (n.to_be_bytes().to_vec().into(), vec![0; 1000].into()));
+    let mut table = Table::open(entries.collect::<MemoryStore>(), Limits::default()).unwrap();
+    table.ready(epoch());
+    let mut end = server_stage("walk");
+    let (_, step) = Walk::new(table.tree().clone(), Tree::new().root(), 0, false, 1 << 20);
+    end.act(|session| session.handle_step(DIFF, step));
+    let mut sizes = Vec::new();
+    for live_bytes in [0, 0, 0, 70_000, 0, 60_000, 70_000, 70_000, 0] {
+        let [Event::Read { found, from, max_bytes, .. }] = &end.events[..] else {
+            panic!("{:?}", end.events)
+        };
+        sizes.push(max_bytes >> 10);
+        let values = table.read(found, *from, *max_bytes);
+        table.write(&[Change::write("live", vec![0; live_bytes])]).unwrap();
+        table.seal();
+        let (chunk, chain) = table.next_chunk().unwrap();
+        end.log.push(chunk, chain, NOW);
+        // One is under way and not acknowledged, so the next reading is asked for as this one goes out.
+        end.act(|session| session.handle_values(DIFF, values));
+        let next = std::mem::take(&mut end.events);
+        end.message(ToServer::RepairAck { diff: DIFF, failed: 0, micros: 0 });
+        end.events = next;
+    }
+    assert_eq!(sizes, [8, 8, 16, 32, 64, 8, 64, 64, 8]);
+}
+
+#[test]
 fn the_client_ignores_verify_of_a_mark_that_it_did_not_take() {
     let verify = |revision| ToClient::Verify { revision, root: server_tree().root() };
     for stage in ["catching up", "relay", "preparing", "waiting", "diff", "announced", "verified"] {
