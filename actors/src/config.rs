@@ -25,6 +25,9 @@ pub struct ServerConfig {
     /// again behind the others; what it has repaired stays. Looked at once a second. (A diff in which nothing
     /// happens ends with `SessionConfig::diff_stall`, whether others wait or not.)
     pub diff_turn: Duration,
+    /// How long a follower whose diff has ended rests: 10 s. If it asks for another one before that, it waits for the one
+    /// place that all who do so share; the others stay free for those that need them.
+    pub diff_rest: Duration,
     /// How many diffs wait at most: 10,000. One more is aborted as `Busy`, and asked for again.
     pub diffs_waiting: usize,
     /// How often all followers that lack nothing compare their roots with the server's: every 60 s.
@@ -35,6 +38,9 @@ pub struct ServerConfig {
     /// How many connections may be on their way to become followers, their TLS handshake included: 1,000,
     /// one at the least. The next ones wait in the listener's queue.
     pub strangers: usize,
+    /// How long nobody is let in for each connection that ended without becoming a follower: 500 us. So those that
+    /// come to be closed, over and over, take a small share of the server's time, however many there are.
+    pub stranger_pause: Duration,
     /// How long a connection may take to say who it is, its TLS handshake included: 10 s. Then it is
     /// closed.
     pub handshake_timeout: Duration,
@@ -58,10 +64,12 @@ impl Default for ServerConfig {
             log_bytes: 64 << 20,
             diffs_at_once: 4,
             diff_turn: Duration::from_secs(60),
+            diff_rest: Duration::from_secs(10),
             diffs_waiting: 10_000,
             verify_every: Some(Duration::from_secs(60)),
             followers: 10_000,
             strangers: 1000,
+            stranger_pause: Duration::from_micros(500),
             handshake_timeout: Duration::from_secs(10),
             stall_timeout: Duration::from_secs(30),
             drain_timeout: Duration::from_secs(5),

@@ -16,8 +16,9 @@
 pub mod differ;
 mod endpoint;
 pub mod middleman;
+mod places;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -41,6 +42,7 @@ use crate::metrics;
 use crate::status::{FollowerStatus, ServerStatus};
 pub use endpoint::{Arbiters, Endpoint};
 use middleman::{Command, Middleman};
+use places::{Places, Turn};
 
 /// Changes, as one unit: all or nothing, consecutive revisions, one frame.
 #[derive(Debug, Message)]
@@ -180,12 +182,8 @@ pub struct Server {
     table: Table,
     log: SharedLog,
     followers: BTreeMap<FollowerId, Follower>,
-    /// Diffs that run, at most `diffs_at_once`, and since when.
-    running: Vec<(FollowerId, DiffId, Instant)>,
-    /// Those that wait, with the turns of their followers: the lowest is next.
-    waiting: BTreeSet<(u64, FollowerId, DiffId)>,
-    /// The last turn that was given out.
-    turn: u64,
+    /// Where diffs run, `diffs_at_once` of them.
+    places: Places,
     awaiting: Vec<oneshot::Sender<Option<Position>>>,
     changes: broadcast::Sender<Applied>,
     refused: u64,
@@ -202,8 +200,8 @@ pub struct Server {
 #[derive(Debug)]
 struct Follower {
     middleman: Addr<Middleman>,
-    /// Higher than those of all whose connect, or last diff, is longer ago.
-    turn: u64,
+    /// When a diff of it is next.
+    turn: Turn,
     /// Set when the Middleman has been told that the log grew, and has not looked yet: a mailbox
     /// holds one such message at most.
     woken: Arc<AtomicBool>,
@@ -218,9 +216,7 @@ impl Server {
             table,
             log: SharedLog(Arc::new(Mutex::new(log))),
             followers: BTreeMap::new(),
-            running: Vec::new(),
-            waiting: BTreeSet::new(),
-            turn: 0,
+            places: Places::new(config.diffs_at_once, config.diff_rest),
             awaiting: Vec::new(),
             changes: broadcast::channel(config.event_capacity.max(1)).0,
             refused: 0,
@@ -273,31 +269,25 @@ impl Server {
 
     /// Lets waiting diffs run while there are places.
     fn admit(&mut self) {
-        while self.running.len() < self.config.diffs_at_once.max(1) {
-            let Some((_, follower, diff)) = self.waiting.pop_first() else { return };
-            self.running.push((follower, diff, Instant::now()));
+        while let Some((follower, diff)) = self.places.admit() {
             self.reply(follower, Reply::Admitted(diff));
         }
     }
 
     fn end_diffs(&mut self, over: impl Fn(FollowerId, DiffId) -> bool) {
-        for (follower, diff, _) in self.running.extract_if(.., |(f, d, _)| over(*f, *d)) {
+        for (follower, diff) in self.places.end(over) {
             self.log.lock().unmark(follower, diff);
-            self.turn += 1;
             if let Some(follower) = self.followers.get_mut(&follower) {
-                follower.turn = self.turn;
+                follower.turn = self.places.turn(Some(Instant::now()));
             }
         }
-        self.waiting.retain(|(_, follower, diff)| !over(*follower, *diff));
         self.admit();
     }
 
     /// Takes the places of diffs that have had theirs for long, as many as others wait for.
     fn end_turns(&self) {
-        let long = |since: Instant| since.elapsed() >= self.config.diff_turn;
-        let over = self.running.iter().filter(|(_, _, since)| long(*since));
-        for (follower, diff, _) in over.take(self.waiting.len()) {
-            self.reply(*follower, Reply::Busy(*diff));
+        for (follower, diff) in self.places.overdue(self.config.diff_turn) {
+            self.reply(follower, Reply::Busy(diff));
         }
     }
 
@@ -328,8 +318,8 @@ impl Server {
             position: self.table.position(),
             keys: self.table.tree().len(),
             followers: self.followers.len(),
-            diffs_running: self.running.len(),
-            diffs_waiting: self.waiting.len(),
+            diffs_running: self.places.running(),
+            diffs_waiting: self.places.waiting(),
             log_bytes: log.bytes(),
             log_tail: log.tail(),
             refused: self.refused,
@@ -552,8 +542,7 @@ impl Handler<Connect> for Server {
         let at = position.filter(|_| way == Way::Resumed).unwrap_or(head);
         status.lock().unwrap_or_else(PoisonError::into_inner).sent = at.revision;
         middleman.do_send(Reply::Subscribed(at, way, head).into());
-        self.turn += 1;
-        let turn = self.turn;
+        let turn = self.places.turn(None);
         self.followers.insert(follower, Follower { middleman, turn, woken, status });
     }
 }
@@ -565,11 +554,11 @@ impl Handler<Ask> for Server {
         let Ask { follower, diff, question } = ask;
         let Some(Follower { turn, .. }) = self.followers.get(&follower) else { return };
         match question {
-            Question::Admit if self.waiting.len() >= self.config.diffs_waiting => {
+            Question::Admit if self.places.waiting() >= self.config.diffs_waiting => {
                 self.reply(follower, Reply::Busy(diff));
             }
             Question::Admit => {
-                self.waiting.insert((*turn, follower, diff));
+                self.places.wait(follower, diff, *turn);
                 self.admit();
             }
             Question::Snapshot => {

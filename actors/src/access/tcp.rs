@@ -9,9 +9,19 @@ use std::net::{SocketAddr, ToSocketAddrs};
 
 use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
+use socket2::SockRef;
 use tokio::net::TcpStream;
 
 use super::{Access, Incoming, Listener, Stream};
+
+/// How many connections wait to be accepted. The system may allow fewer.
+const BACKLOG: i32 = 1024;
+
+/// Of how many bytes that were not sent yet a socket takes no more, where the system can say so: as many as are written at
+/// once ([`ServerConfig::flush_bytes`](crate::ServerConfig)). Otherwise the kernel holds megabytes for each follower that
+/// reads nothing.
+#[cfg(any(target_os = "android", target_os = "linux"))]
+const UNSENT_BYTES: u32 = 256 << 10;
 
 /// Where a server listens.
 #[derive(Debug)]
@@ -42,6 +52,8 @@ impl TcpListener {
     /// If the address is taken or no address at all.
     pub fn bind(address: impl ToSocketAddrs) -> io::Result<Self> {
         let listener = std::net::TcpListener::bind(address)?;
+        // A second call changes the length of the queue: a thousand followers come back at once.
+        SockRef::from(&listener).listen(BACKLOG)?;
         listener.set_nonblocking(true)?;
         let address = listener.local_addr()?;
         Ok(Self { bound: Bound::Std(listener), address, nodelay: true })
@@ -65,8 +77,16 @@ impl TcpListener {
         let Bound::Tokio(listener) = &self.bound else {
             return Err(io::Error::other("the listener has no runtime"));
         };
-        let (stream, peer) = listener.accept().await?;
+        let (stream, peer) = loop {
+            let (stream, peer) = listener.accept().await?;
+            // Whoever has gone again by now costs no more than this.
+            if stream.take_error()?.is_none() {
+                break (stream, peer);
+            }
+        };
         stream.set_nodelay(self.nodelay)?;
+        #[cfg(any(target_os = "android", target_os = "linux"))]
+        SockRef::from(&stream).set_tcp_notsent_lowat(UNSENT_BYTES)?;
         // Taken out of this thread's runtime, so that the thread that serves it polls it too.
         let stream = stream.into_std()?;
         Ok(Incoming::new(peer.to_string(), move || {

@@ -1,7 +1,7 @@
 //! Starts a Server on its arbiters, and a Middleman for every connection that comes.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::time::Duration;
 
 use actix::prelude::*;
@@ -19,6 +19,9 @@ use crate::config::ServerConfig;
 
 /// How long the listener waits after an accept that failed: out of files, most of all.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+
+/// The shortest pause for strangers that ended: what a timer can do.
+const LEAST_PAUSE: Duration = Duration::from_millis(1);
 
 /// Of how many followers at a time it is found out what counts of what they missed: each takes up to 10 MB
 /// for some milliseconds.
@@ -44,6 +47,8 @@ pub struct Endpoint {
     next: Arc<AtomicU64>,
     /// Places for connections that are not subscribed yet.
     strangers: Arc<Semaphore>,
+    /// How many connections ended that never were, and have not been paused for yet.
+    ended: Arc<AtomicU32>,
     listeners: TaskTracker,
 }
 
@@ -106,6 +111,7 @@ impl Endpoint {
             connections: connections.into(),
             next: Arc::new(AtomicU64::new(1)),
             strangers: Arc::new(Semaphore::new(strangers)),
+            ended: Arc::new(AtomicU32::new(0)),
             listeners: TaskTracker::new(),
         }
     }
@@ -141,6 +147,12 @@ impl Endpoint {
             return;
         }
         loop {
+            let ended = self.ended.load(Ordering::Relaxed);
+            let pause = self.shared.config.stranger_pause.saturating_mul(ended);
+            if pause >= LEAST_PAUSE {
+                self.ended.fetch_sub(ended, Ordering::Relaxed);
+                tokio::time::sleep(pause).await;
+            }
             match listener.accept().await {
                 Ok(incoming) => {
                     if self.strangers.available_permits() == 0 {
@@ -150,7 +162,8 @@ impl Endpoint {
                     let Ok(place) = Arc::clone(&self.strangers).acquire_owned().await else {
                         return;
                     };
-                    self.serve(incoming, place);
+                    let ended = Some(Arc::clone(&self.ended));
+                    self.serve(incoming, Place { _place: place, ended });
                 }
                 Err(error) => {
                     warn!(address = listener.address(), %error, "cannot accept");
@@ -160,7 +173,7 @@ impl Endpoint {
         }
     }
 
-    fn serve(&self, incoming: Incoming, place: OwnedSemaphorePermit) {
+    fn serve(&self, incoming: Incoming, place: Place) {
         let number = self.next.fetch_add(1, Ordering::Relaxed);
         let arbiters = &self.connections;
         let index = usize::try_from(number).unwrap_or(0) % arbiters.len().max(1);
@@ -176,13 +189,35 @@ impl Endpoint {
             };
             match opened {
                 Ok(Ok((stream, certificate))) => {
-                    let stranger = Stranger { address, certificate, until, _place: place };
+                    let stranger = Stranger { address, certificate, until, place };
                     Middleman::new(shared, FollowerId(number), stream, stranger).start();
                 }
                 Ok(Err(error)) => info!(address, %error, "no handshake"),
                 Err(_) => info!(address, "no handshake in time"),
             }
         });
+    }
+}
+
+/// A place among the connections that are not subscribed yet. Unless it is left by [`Place::subscribed`], it ends with
+/// its connection, and somebody else is let in a little later.
+pub(crate) struct Place {
+    _place: OwnedSemaphorePermit,
+    ended: Option<Arc<AtomicU32>>,
+}
+
+impl Place {
+    /// The place is for others.
+    pub(crate) fn subscribed(mut self) {
+        self.ended = None;
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        if let Some(ended) = &self.ended {
+            ended.fetch_add(1, Ordering::Relaxed);
+        }
     }
 }
 

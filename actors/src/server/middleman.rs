@@ -23,13 +23,13 @@ use tablecast_protocol::server::{Event, Reply, Served, Session, Transmit};
 use tablecast_protocol::{
     AbortReason, DiffId, FollowerId, Missed, Position, Reason, Revision, Shortened, ToServer, wire,
 };
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::sync::Semaphore;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, info, warn};
 
 use super::differ::{Abandon, Answered, Differ, Order};
-use super::endpoint::spawn_on;
+use super::endpoint::{Place, spawn_on};
 use super::{Ask, Connect, Gone, Question, Server, SharedLog, root_of};
 use crate::access::Stream;
 use crate::access::codec::{Framed, LAST_WORDS};
@@ -95,7 +95,7 @@ pub(crate) struct Stranger {
     /// When it is closed.
     pub(crate) until: Instant,
     /// Among those that are allowed.
-    pub(crate) _place: OwnedSemaphorePermit,
+    pub(crate) place: Place,
 }
 
 /// The actor.
@@ -552,8 +552,10 @@ impl Handler<Command> for Middleman {
                 self.set_timer(ctx);
             }
             Command::Reply(reply) => {
-                if matches!(reply, Reply::Subscribed(..)) {
-                    self.stranger = None;
+                if matches!(reply, Reply::Subscribed(..))
+                    && let Some(stranger) = self.stranger.take()
+                {
+                    stranger.place.subscribed();
                 }
                 if matches!(reply, Reply::Admitted(_)) {
                     self.diff_since.1 = Some(Instant::now());

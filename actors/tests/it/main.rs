@@ -3,3 +3,4 @@
 #![allow(missing_docs, clippy::unwrap_used, clippy::indexing_slicing, reason = "tests may panic")]
 
 mod storm;
+mod strangers;

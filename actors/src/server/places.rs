@@ -1,0 +1,176 @@
+//! Who runs a diff, and who is next.
+
+use std::collections::BTreeSet;
+use std::time::Duration;
+
+use tablecast_protocol::{DiffId, FollowerId};
+use tokio::time::Instant;
+
+/// The places at which diffs run, and those that wait for one.
+///
+/// The follower whose last diff, or connect, is longest ago is next. Those whose last diff ended just now share one
+/// place, so that however many ask over and over leave the others to whoever needs them.
+#[derive(Debug)]
+pub(super) struct Places {
+    places: usize,
+    /// For how long behind a diff its follower is one of those that share a place.
+    rest: Duration,
+    running: Vec<Running>,
+    /// The lowest is next.
+    waiting: BTreeSet<(u64, FollowerId, DiffId)>,
+    /// Of those that share a place.
+    waiting_again: BTreeSet<(u64, FollowerId, DiffId)>,
+    last_turn: u64,
+}
+
+/// When a follower is next: given to it when it connects, and when a diff of it ends.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Turn {
+    number: u64,
+    /// When its last diff ended.
+    ended: Option<Instant>,
+}
+
+#[derive(Debug)]
+struct Running {
+    follower: FollowerId,
+    diff: DiffId,
+    since: Instant,
+    again: bool,
+}
+
+impl Places {
+    /// So many, one at the least.
+    pub(super) fn new(places: usize, rest: Duration) -> Self {
+        Self {
+            places: places.max(1),
+            rest,
+            running: Vec::new(),
+            waiting: BTreeSet::new(),
+            waiting_again: BTreeSet::new(),
+            last_turn: 0,
+        }
+    }
+
+    /// How many diffs run.
+    pub(super) fn running(&self) -> usize {
+        self.running.len()
+    }
+
+    /// How many wait.
+    pub(super) fn waiting(&self) -> usize {
+        self.waiting.len() + self.waiting_again.len()
+    }
+
+    /// The turn of a follower that connects, or of one whose diff ended now.
+    pub(super) fn turn(&mut self, ended: Option<Instant>) -> Turn {
+        self.last_turn += 1;
+        Turn { number: self.last_turn, ended }
+    }
+
+    /// A diff wants a place.
+    pub(super) fn wait(&mut self, follower: FollowerId, diff: DiffId, turn: Turn) {
+        let again = turn.ended.is_some_and(|ended| ended.elapsed() < self.rest);
+        let waiting = if again { &mut self.waiting_again } else { &mut self.waiting };
+        waiting.insert((turn.number, follower, diff));
+    }
+
+    /// Gives a place to the diff that is next, if there is one.
+    pub(super) fn admit(&mut self) -> Option<(FollowerId, DiffId)> {
+        if self.running.len() >= self.places {
+            return None;
+        }
+        let free = !self.running.iter().any(|running| running.again);
+        let shared = self.waiting_again.first().filter(|_| free);
+        let again =
+            shared.is_some_and(|shared| self.waiting.first().is_none_or(|first| shared < first));
+        let waiting = if again { &mut self.waiting_again } else { &mut self.waiting };
+        let (_, follower, diff) = waiting.pop_first()?;
+        self.running.push(Running { follower, diff, since: Instant::now(), again });
+        Some((follower, diff))
+    }
+
+    /// Diffs are over; those of them that ran.
+    pub(super) fn end(
+        &mut self,
+        over: impl Fn(FollowerId, DiffId) -> bool,
+    ) -> Vec<(FollowerId, DiffId)> {
+        let waits = |(_, follower, diff): &(u64, FollowerId, DiffId)| !over(*follower, *diff);
+        self.waiting.retain(waits);
+        self.waiting_again.retain(waits);
+        let ended = self.running.extract_if(.., |running| over(running.follower, running.diff));
+        ended.map(|running| (running.follower, running.diff)).collect()
+    }
+
+    /// Diffs that have run for this long, as many as others wait.
+    pub(super) fn overdue(&self, long: Duration) -> impl Iterator<Item = (FollowerId, DiffId)> {
+        let overdue = self.running.iter().filter(move |running| running.since.elapsed() >= long);
+        overdue.map(|running| (running.follower, running.diff)).take(self.waiting())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const DIFF: DiffId = DiffId(1);
+    const LONG: Duration = Duration::from_secs(3600);
+
+    fn admitted(places: &mut Places) -> Vec<u64> {
+        std::iter::from_fn(|| places.admit()).map(|(follower, _)| follower.0).collect()
+    }
+
+    #[test]
+    fn who_connected_or_was_repaired_longest_ago_is_next() {
+        let mut places = Places::new(1, Duration::ZERO);
+        let turns = [(); 3].map(|()| places.turn(None));
+        for (follower, turn) in [(3, turns[2]), (1, turns[0]), (2, turns[1])] {
+            places.wait(FollowerId(follower), DIFF, turn);
+        }
+        assert_eq!(admitted(&mut places), [1]);
+        assert_eq!(places.end(|follower, _| follower.0 == 1), [(FollowerId(1), DIFF)]);
+        let turn = places.turn(Some(Instant::now()));
+        places.wait(FollowerId(1), DIFF, turn);
+        assert_eq!(admitted(&mut places), [2]);
+        assert_eq!((places.running(), places.waiting()), (1, 2));
+        assert_eq!(places.end(|follower, _| follower.0 == 3), []);
+        places.end(|follower, _| follower.0 == 2);
+        assert_eq!(admitted(&mut places), [1]);
+    }
+
+    #[test]
+    fn who_asks_over_and_over_shares_a_place() {
+        let mut places = Places::new(3, LONG);
+        for follower in 1..=5 {
+            let turn = places.turn(Some(Instant::now()));
+            places.wait(FollowerId(follower), DIFF, turn);
+        }
+        // The others' places are kept for whoever comes.
+        assert_eq!(admitted(&mut places), [1]);
+        for follower in 6..=9 {
+            let turn = places.turn(None);
+            places.wait(FollowerId(follower), DIFF, turn);
+        }
+        assert_eq!(admitted(&mut places), [6, 7]);
+        places.end(|follower, _| follower.0 == 6);
+        assert_eq!(admitted(&mut places), [8]);
+        // Who shares a place has waited longer than those who came last.
+        places.end(|follower, _| follower.0 == 1);
+        assert_eq!(admitted(&mut places), [2]);
+        places.end(|follower, _| follower.0 == 2);
+        assert_eq!(admitted(&mut places), [3]);
+        assert_eq!((places.running(), places.waiting()), (3, 3));
+    }
+
+    #[test]
+    fn what_runs_for_long_is_overdue_if_others_wait() {
+        let mut places = Places::new(0, LONG);
+        let turns = [(); 2].map(|()| places.turn(None));
+        places.wait(FollowerId(1), DIFF, turns[0]);
+        assert_eq!(admitted(&mut places), [1]);
+        assert_eq!(places.overdue(Duration::ZERO).count(), 0);
+        places.wait(FollowerId(2), DIFF, turns[1]);
+        assert_eq!(places.overdue(LONG).count(), 0);
+        assert_eq!(places.overdue(Duration::ZERO).collect::<Vec<_>>(), [(FollowerId(1), DIFF)]);
+    }
+}
