@@ -32,7 +32,6 @@ pub(super) async fn run(args: &Serve, output: &Output) -> Result<ExitCode, Failu
     let server = Server::start(config, store)?;
     let table = Arc::clone(server.reader());
     let (_, root) = server.root().await?;
-    let position = position(args, (root, table.len()?), output).await;
     let listener = TcpListener::bind(&*args.listen)
         .with_context(|| format!("cannot listen at {}", args.listen))?;
     let listen = listener.local_address();
@@ -45,6 +44,8 @@ pub(super) async fn run(args: &Serve, output: &Output) -> Result<ExitCode, Failu
         Http::start(address, Table::Server { server: server.clone(), writes_from_anywhere })
     });
     let http = http.transpose()?;
+    // Behind all that can fail: a start that comes to nothing uses nothing up.
+    let position = position(args, (root, table.len()?), output).await;
     let revision = match position {
         Some(position) => server.continue_from(position).await?.revision,
         None => server.ready().await?.revision,

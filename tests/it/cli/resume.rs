@@ -108,6 +108,15 @@ fn a_server_goes_on_where_its_dump_stands() {
     follower.signal("TERM");
     assert_eq!(follower.end().code, Some(0));
 
+    // A start that comes to nothing does not use it up.
+    let taken = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = taken.local_addr().unwrap().to_string();
+    for [listen, http] in [[&*address, "127.0.0.1:0"], ["127.0.0.1:0", &address]] {
+        let args = ["serve", "--listen", listen, "--http", http, "--load", &table, "--resume"];
+        assert_eq!(Program::start(args).end().code, Some(1));
+        assert!(files.has("s.position"));
+    }
+
     // Not with another table.
     files.write("s", "");
     let server = start("127.0.0.1:0");
