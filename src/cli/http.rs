@@ -19,7 +19,7 @@ use std::time::Duration;
 use actix_web::dev::ServerHandle;
 use actix_web::http::{StatusCode, header};
 use actix_web::web::{self, Data, Payload};
-use actix_web::{App, HttpRequest, HttpResponse, HttpServer, ResponseError};
+use actix_web::{App, HttpRequest, HttpResponse, HttpServer, ResponseError, Route, guard};
 use anyhow::Context as _;
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
 use percent_encoding::percent_decode_str;
@@ -127,14 +127,19 @@ impl Http {
 
 fn routes(config: &mut web::ServiceConfig) {
     config
-        .route("/metrics", web::get().to(exposition))
-        .route("/healthz", web::get().to(healthz))
-        .route("/readyz", web::get().to(readyz))
-        .route("/status", web::get().to(status))
-        .route("/followers", web::get().to(followers))
-        .route("/keys/{key:.*}", web::get().to(get))
+        .route("/metrics", read().to(exposition))
+        .route("/healthz", read().to(healthz))
+        .route("/readyz", read().to(readyz))
+        .route("/status", read().to(status))
+        .route("/followers", read().to(followers))
+        .route("/keys/{key:.*}", read().to(get))
         .route("/keys/{key:.*}", web::put().to(put))
         .route("/keys/{key:.*}", web::delete().to(delete));
+}
+
+/// `GET`, and `HEAD`, with which many look whether something is well.
+fn read() -> Route {
+    web::route().guard(guard::Any(guard::Get()).or(guard::Head()))
 }
 
 /// An answer other than what was asked for.

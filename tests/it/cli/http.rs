@@ -191,6 +191,8 @@ fn health_status_and_metrics() {
     for address in [&http, &theirs] {
         for path in ["/healthz", "/readyz"] {
             assert_eq!(get(address, path).status, 200, "{path}");
+            let head = send(address, &format!("HEAD {path}"), b"\r\n");
+            assert_eq!((head.status, head.text()), (200, ""), "{path}");
         }
     }
     put(&http, "/keys/k", b"v").json();
