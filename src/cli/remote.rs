@@ -215,7 +215,7 @@ fn follower_table(status: &ClientStatus) -> String {
     rows(&[
         ("name", shown(name)),
         ("server", shown(server)),
-        ("health", health(&status.health)),
+        ("health", health(&status.health, status.disconnected.as_deref())),
         ("state", shown(state)),
         ("connected", status.way.map_or_else(|| "not yet".to_owned(), |way| way.to_string())),
         ("position", position(status.position)),
@@ -239,10 +239,14 @@ fn position(at: Option<Position>) -> String {
     at.map_or_else(none, |at| format!("revision {} of history {}", at.revision, at.epoch))
 }
 
-fn health(health: &Health) -> String {
+/// With why it is disconnected, if it is.
+fn health(health: &Health, disconnected: Option<&str>) -> String {
     match health {
         Health::Ready => "ready".to_owned(),
-        Health::Disconnected => "disconnected".to_owned(),
+        Health::Disconnected => disconnected.map_or_else(
+            || "disconnected".to_owned(),
+            |why| format!("disconnected: {}", shown(why)),
+        ),
         Health::Syncing => "syncing".to_owned(),
         Health::Diverged { reason } => format!("diverged: {}", shown(reason)),
         Health::Held { writes, deletes, keys } => {

@@ -185,7 +185,8 @@ fn health_status_and_metrics() {
     let why = format!("not connected to {listen}");
     assert_eq!((answer.status, answer.text()), (503, &*why));
     drop(silent);
-    let server = Program::start(["serve", "--listen", &listen, "--http", "127.0.0.1:0", "--json"]);
+    let mut server =
+        Program::start(["serve", "--listen", &listen, "--http", "127.0.0.1:0", "--json"]);
     let http = server.expect("ready")["http"].as_str().unwrap().to_owned();
     follower.wait("diff");
     for address in [&http, &theirs] {
@@ -228,6 +229,13 @@ fn health_status_and_metrics() {
     let lines: Vec<_> = text.lines().collect();
     assert!(lines.len() == 2 && lines[0].starts_with("NAME    ADDRESS  "), "{text}");
     assert!(lines[1].starts_with("edge 1  127.0.0.1:"), "{text}");
+
+    server.signal("TERM");
+    assert_eq!(server.end().code, Some(0));
+    follower.wait("disconnected");
+    let (_, stdout, _) = ask(["status", "--http", &theirs], b"");
+    let text = String::from_utf8(stdout).unwrap();
+    assert!(text.contains("\nhealth     disconnected: "), "{text}");
 }
 
 #[test]
