@@ -311,6 +311,8 @@ pub struct Client {
     refused: u64,
     connects: u64,
     fell_behind: u64,
+    /// The history that was followed last.
+    followed: Option<Epoch>,
     verified: Option<Revision>,
     diverged: u64,
     last_diff: Option<DiffOutcome>,
@@ -357,6 +359,7 @@ impl Client {
             refused: 0,
             connects: 0,
             fell_behind: 0,
+            followed: None,
             verified: None,
             diverged: 0,
             last_diff: None,
@@ -495,6 +498,10 @@ impl Client {
         self.way = Some(way);
         self.emit(|| Event::Connected(at, way));
         self.fail_waiters(at.epoch);
+        if self.followed.replace(at.epoch) != Some(at.epoch) {
+            // Of another history, whose revisions say nothing here.
+            self.verified = None;
+        }
         if !way.resumes() {
             self.want_diff(false);
         }

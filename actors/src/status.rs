@@ -128,7 +128,7 @@ pub struct ClientStatus {
     pub connects: u64,
     /// How often the follower fell behind.
     pub fell_behind: u64,
-    /// The last mark at which this table's root was that of the server.
+    /// The last mark of this history at which this table's root was that of the server.
     pub verified: Option<Revision>,
     /// How often it was not, where nothing was known to be missing.
     pub diverged: u64,

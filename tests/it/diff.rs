@@ -4,7 +4,7 @@ use std::sync::{Arc, Mutex};
 
 use tablecast::{
     Change, Client, DiffAborted, DiffError, DiffOutcome, DiffPhase, Error, Event, Health,
-    MemoryStore, Progress, Reader, Server, ServerConfig, Store, StoreError, Verified,
+    MemoryStore, Progress, Reader, Revision, Server, ServerConfig, Store, StoreError, Verified,
     access::tcp::TcpAccess,
 };
 
@@ -290,6 +290,7 @@ async fn a_server_that_came_up_empty_empties_nobody() {
     let (server, address) = serve(ServerConfig::default(), filled(5000)).await;
     let client = follower(address, MemoryStore::new());
     assert!(connect(&client).await.equal());
+    assert_eq!(client.status().await.unwrap().verified, Some(Revision(0)));
     let mut events = client.events().await.unwrap();
     within(server.stop()).await;
 
@@ -304,7 +305,8 @@ async fn a_server_that_came_up_empty_empties_nobody() {
     assert_eq!(held.await, (1, 3000, 5000));
     let status = client.status().await.unwrap();
     assert_eq!(status.health, Health::Held { writes: 1, deletes: 3000, keys: 5000 });
-    assert_eq!((status.keys, status.position), (5000, None));
+    // What was equal once was so in another history.
+    assert_eq!((status.keys, status.position, status.verified), (5000, None, None));
     // Asked for once more, it is held once more. Live deletes are not.
     let outcome = client.diff().await.unwrap();
     let held = DiffAborted::Held { deletes: 3000, keys: 5000 };
