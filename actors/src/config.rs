@@ -93,7 +93,7 @@ pub struct ClientConfig {
     /// How long connecting may take: 10 s.
     pub connect_timeout: Duration,
     /// How long the first wait before the next attempt is: 100 ms. Each next one is twice as long,
-    /// with up to as much again by chance. A good handshake begins anew.
+    /// with up to as much again by chance. A connection that lasts longer than the wait before it begins anew.
     pub backoff_min: Duration,
     /// The longest wait before the next attempt: 10 s.
     pub backoff_max: Duration,

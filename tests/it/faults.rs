@@ -226,6 +226,26 @@ async fn a_transport_that_panics_is_tried_again_as_slowly_as_one_that_fails() {
 }
 
 #[actix_rt::test]
+async fn who_is_cut_off_behind_each_handshake_comes_back_later_each_time() {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let access = TcpAccess::new(listener.local_addr().unwrap().to_string());
+    let config = ClientConfig { backoff_min: Duration::from_millis(50), ..ClientConfig::default() };
+    let client = Client::start(config, MemoryStore::new(), access).unwrap();
+    client.ready().await.unwrap();
+    let mut ended = None::<Instant>;
+    for wait in [0, 50, 100, 200] {
+        let (mut stream, _) = within(listener.accept()).await.unwrap();
+        let waited = ended.map_or(Duration::ZERO, |ended| ended.elapsed());
+        assert!(waited >= Duration::from_millis(wait), "{waited:?} and not {wait} ms");
+        assert!(matches!(get(&mut stream).await, ToServer::Hello { .. }));
+        put(&mut stream, &welcome(0)).await;
+        assert!(matches!(get(&mut stream).await, ToServer::SyncReq { .. }));
+        ended = Some(Instant::now());
+    }
+    assert_eq!(client.status().await.unwrap().connects, 4);
+}
+
+#[actix_rt::test]
 async fn requests_in_one_piece_are_all_answered() {
     let (_server, address) = serve(ServerConfig::default(), filled(10)).await;
     let mut stream = TcpStream::connect(address).await.unwrap();

@@ -9,6 +9,7 @@ use std::fmt;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{self, Poll};
+use std::time::Duration;
 
 use actix::prelude::*;
 use tablecast_protocol::server::Close;
@@ -26,7 +27,7 @@ use crate::config::ClientConfig;
 use crate::error::AccessError;
 
 /// How long nothing is read before that is worth a word when the connection ends.
-const LONG_PAUSE: std::time::Duration = std::time::Duration::from_secs(1);
+const LONG_PAUSE: Duration = Duration::from_secs(1);
 
 /// How many frames are read before others on this arbiter have their turn.
 const TURNS: usize = 32;
@@ -59,11 +60,15 @@ pub struct Middleman {
     backoff: Backoff,
     connection: ConnectionId,
     link: Option<Link>,
+    /// The wait before the last attempt.
+    waited: Duration,
     stopping: bool,
 }
 
 struct Link {
     framed: Framed,
+    /// When the handshake was through.
+    welcomed: Option<Instant>,
     /// Bytes of frames that the Client has not worked off.
     waiting: usize,
     /// Both directions, when the last `SyncReq` was queued.
@@ -82,7 +87,9 @@ impl Middleman {
         last: ConnectionId,
     ) -> Self {
         let backoff = Backoff::new(config.backoff_min, config.backoff_max);
-        Self { config, access, client, backoff, connection: last, link: None, stopping: false }
+        let waited = Duration::ZERO;
+        let (connection, link, stopping) = (last, None, false);
+        Self { config, access, client, backoff, connection, link, waited, stopping }
     }
 
     fn connect(&self, ctx: &mut Context<Self>) {
@@ -109,13 +116,18 @@ impl Middleman {
         if let Some(token) = &self.config.token {
             framed.queue(token.frame());
         }
-        self.link = Some(Link { framed, waiting: 0, base: (0, 0), paused: None, closing: false });
+        let (welcomed, paused, closing) = (None, None, false);
+        self.link = Some(Link { framed, welcomed, waiting: 0, base: (0, 0), paused, closing });
         self.client.do_send(LinkUp(self.connection));
     }
 
     /// The connection is over, for this reason.
     fn down(&mut self, error: &AccessError, ctx: &mut Context<Self>) {
         if let Some(link) = self.link.take() {
+            // One that ends soon each time is no reason to come back soon.
+            if link.welcomed.is_some_and(|since| since.elapsed() >= self.waited) {
+                self.backoff.reset();
+            }
             let mut reason = error.to_string();
             // A server that gave up on a full socket could not say so.
             if let Some(paused) = link.paused.map(|since| since.elapsed())
@@ -142,6 +154,7 @@ impl Middleman {
 
     fn retry(&mut self, error: &AccessError, ctx: &mut Context<Self>) {
         let wait = self.backoff.next_wait();
+        self.waited = wait;
         info!(server = self.access.address(), %error, ?wait, "not connected");
         ctx.run_later(wait, |middleman, ctx| {
             if middleman.link.is_none() && !middleman.stopping {
@@ -187,7 +200,7 @@ impl Middleman {
                 Ok(message) => {
                     if matches!(message, ToClient::Welcome { .. }) {
                         link.framed.set_max_frame_bytes(self.config.limits.frame_bytes);
-                        self.backoff.reset();
+                        link.welcomed = Some(Instant::now());
                     }
                     link.waiting += frame.len();
                     let (sent, received) = link.base;
