@@ -42,7 +42,7 @@ async fn watch(
     output: &Output,
     mut events: broadcast::Receiver<Happened>,
 ) -> Result<(), Error> {
-    // Since the first diff: what came before is how the table was.
+    // Since the first diff: what is repaired before is how the table was.
     let mut in_step = false;
     loop {
         let event = match events.recv().await {
@@ -72,7 +72,7 @@ fn said(args: &Watch, in_step: &mut bool, event: Happened) -> Option<Event> {
             Some(Event::Diff(report))
         }
         Happened::Change { change, revision, repair } => {
-            let wanted = *in_step && is_watched(args, change.key());
+            let wanted = (*in_step || !repair) && is_watched(args, change.key());
             wanted.then_some(Event::Change { change, revision, repair })
         }
         // A diff follows.
@@ -92,4 +92,25 @@ fn is_watched(args: &Watch, key: &[u8]) -> bool {
     let all = keys.is_empty() && prefix.is_none();
     all || keys.iter().any(|watched| watched.as_encoded_bytes() == key)
         || prefix.as_ref().is_some_and(|prefix| key.starts_with(prefix.as_encoded_bytes()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{Change, Revision};
+    use clap::{Args as _, Command, FromArgMatches as _};
+
+    #[test]
+    fn live_changes_are_printed_from_the_connect_on() {
+        let command = Watch::augment_args(Command::new("watch"));
+        let matches = command.try_get_matches_from(["watch", "--connect", "localhost:1"]).unwrap();
+        let args = Watch::from_arg_matches(&matches).unwrap();
+        for (mut in_step, repair, printed) in
+            [(false, false, true), (false, true, false), (true, false, true), (true, true, true)]
+        {
+            let change = Change::write("k", "v");
+            let event = Happened::Change { change, revision: Revision(1), repair };
+            assert_eq!(said(&args, &mut in_step, event).is_some(), printed);
+        }
+    }
 }
