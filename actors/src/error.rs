@@ -36,6 +36,14 @@ pub enum AccessError {
         /// How long.
         seconds: f32,
     },
+    /// A follower that does not read, where there are many.
+    #[error("{bytes} bytes wait for followers although the log has gone on, of {limit} for all")]
+    Held {
+        /// For all followers.
+        bytes: usize,
+        /// The limit: as much as the log has.
+        limit: usize,
+    },
     /// Bytes that are no message.
     #[error(transparent)]
     Decode(#[from] DecodeError),

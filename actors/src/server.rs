@@ -15,6 +15,7 @@
 
 pub mod differ;
 mod endpoint;
+mod held;
 pub mod middleman;
 mod places;
 

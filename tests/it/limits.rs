@@ -241,25 +241,28 @@ async fn a_diff_that_takes_long_gives_way_to_others() {
 }
 
 #[actix_rt::test]
-async fn who_does_not_read_in_time_is_told_where_the_history_ends() {
-    let config = ServerConfig { drain_timeout: Duration::ZERO, ..ServerConfig::default() };
+async fn followers_that_do_not_read_hold_no_more_than_the_log_does() {
+    let config = ServerConfig { log_bytes: 3 << 20, ..ServerConfig::default() };
     let (server, address) = serve(config, MemoryStore::new()).await;
-    let mut stream = hello(address).await;
-    // More than sockets hold.
-    for _ in 0..48 {
-        server.write("large", vec![7; 1 << 20]).await.unwrap();
+    let reader = follower(address, MemoryStore::new());
+    assert!(connect(&reader).await.equal());
+    let mut silent = Vec::new();
+    for _ in 0..8 {
+        silent.push(hello(address).await);
     }
-    let stopping = actix_rt::spawn(server.stop());
-    let (reason, text) = loop {
-        match read_message(&mut stream).await.unwrap() {
-            ToClient::Live { .. } => {}
-            ToClient::Farewell { reason, text } => break (reason, text),
-            other => panic!("{other:?}"),
-        }
-    };
-    assert_eq!(reason, Reason::Stopping);
-    let sent = text.strip_prefix("the history ends at revision 48, sent up to ").unwrap();
-    assert!(sent.parse::<u64>().unwrap() < 48, "{text}");
-    drop(stream);
-    within(stopping).await.unwrap();
+    // What sockets hold goes first; then a part of a frame waits for each.
+    let left = async || server.followers().await.unwrap().len() - 1;
+    let mut written = 0;
+    while left().await == silent.len() {
+        assert!(written < 100, "they are all left");
+        let at = server.write("large", vec![7; 1 << 20]).await.unwrap().position().unwrap();
+        reader.wait_for(at, LONG).await.unwrap();
+        written += 1;
+    }
+    // As many stay as are allowed to be held for.
+    for _ in 0..10 {
+        server.write("small", "value").await.unwrap();
+    }
+    assert!(left().await > 0);
+    assert_eq!(reader.status().await.unwrap().connects, 1);
 }

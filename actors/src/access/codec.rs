@@ -123,6 +123,11 @@ impl Framed {
         self.outbox.push_back(frame);
     }
 
+    /// Where in all that is written the next frame will begin.
+    pub(crate) fn end(&self) -> u64 {
+        self.sent + self.queued as u64
+    }
+
     /// Bytes that are queued and not written yet.
     pub(crate) fn queued(&self) -> usize {
         self.queued

@@ -103,6 +103,7 @@ impl Endpoint {
             log,
             differs: differs.into(),
             shortening: Arc::new(Semaphore::new(SHORTENING)),
+            held: Arc::default(),
             stopping,
         };
         Self {

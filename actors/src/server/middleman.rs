@@ -11,7 +11,7 @@
 
 use std::fmt;
 use std::pin::Pin;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{self, Poll};
 use std::time::Duration;
@@ -30,6 +30,7 @@ use tracing::{debug, info, warn};
 
 use super::differ::{Abandon, Answered, Differ, Order};
 use super::endpoint::{Place, spawn_on};
+use super::held::Held;
 use super::{Ask, Connect, Gone, Question, Server, SharedLog, root_of};
 use crate::access::Stream;
 use crate::access::codec::{Framed, LAST_WORDS};
@@ -86,6 +87,8 @@ pub(crate) struct Shared {
     pub(crate) stopping: CancellationToken,
     /// Places for followers of which it is found out what counts of what they missed.
     pub(crate) shortening: Arc<Semaphore>,
+    /// Bytes that wait for followers and that the log no longer has.
+    pub(crate) held: Arc<AtomicUsize>,
 }
 
 /// What is known of a connection that is not subscribed.
@@ -104,6 +107,7 @@ pub struct Middleman {
     follower: FollowerId,
     session: Session,
     framed: Framed,
+    held: Held,
     /// Until it is subscribed.
     stranger: Option<Stranger>,
     /// What came ahead of Hello.
@@ -135,6 +139,7 @@ impl Middleman {
         let status = FollowerStatus { id: follower.0, address, ..FollowerStatus::default() };
         Self {
             framed: Framed::new(stream, session.max_frame_bytes()),
+            held: Held::new(Arc::clone(&shared.held)),
             shared,
             follower,
             session,
@@ -398,8 +403,9 @@ impl Middleman {
     }
 
     /// Takes from the session what is to be written next, up to one flush.
-    fn fill(&mut self, ctx: &mut Context<Self>) {
+    fn fill(&mut self, ctx: &mut Context<Self>) -> Result<(), AccessError> {
         let room = self.shared.config.flush_bytes;
+        let (behind, end) = (self.session.sent(), self.framed.end());
         // Cleared first: what the Server appends from here on wakes us again.
         self.woken.store(false, Ordering::Release);
         let log = self.shared.log.lock();
@@ -413,6 +419,7 @@ impl Middleman {
                 transmit => break transmit,
             }
         };
+        let tail = log.tail();
         drop(log);
         let message = match transmit {
             Some(Transmit::Message(message)) => Some(message),
@@ -426,7 +433,16 @@ impl Middleman {
         if let Some(message) = message {
             self.framed.queue(wire::encode(&message));
         }
+        if self.framed.end() > end {
+            self.held.queued(end, behind);
+        }
+        let limit = self.shared.config.log_bytes;
+        match self.held.count(self.framed.sent, self.framed.queued(), tail) {
+            Some(bytes) if bytes > limit => return Err(AccessError::Held { bytes, limit }),
+            _ => {}
+        }
         self.drive(ctx);
+        Ok(())
     }
 
     fn pump(
@@ -438,7 +454,7 @@ impl Middleman {
         // What has come already is read on when the answers to what came before are out.
         let held = !self.session.wants_input();
         for turn in 0.. {
-            self.fill(ctx);
+            self.fill(ctx)?;
             if self.framed.is_flushed() {
                 break;
             }

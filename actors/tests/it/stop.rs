@@ -1,0 +1,46 @@
+//! A server that stops.
+
+use std::time::Duration;
+
+use tablecast_actors::ServerConfig;
+use tablecast_actors::access::memory;
+use tablecast_actors::protocol::{Change, Epoch, Limits, MemoryStore, Reason, Table, ToClient};
+use tablecast_actors::server::{Endpoint, Ready, Stop, Write};
+
+use crate::connection::{read, subscribe};
+
+#[actix_rt::test]
+async fn who_does_not_read_in_time_is_told_where_the_history_ends() {
+    tokio::time::pause();
+    let table = Table::open(MemoryStore::new(), Limits::default()).unwrap();
+    let config = ServerConfig::default();
+    let drain_timeout = config.drain_timeout;
+    let endpoint = Endpoint::start_here(table, config);
+    let (listener, access) = memory::pair();
+    endpoint.listen(listener);
+    let server = endpoint.server();
+    server.send(Ready(Epoch::from_bytes([1; 16]))).await.unwrap();
+    let mut stream = subscribe(&access).await;
+    for _ in 0..10 {
+        let change = Change::write("large", vec![7; 1 << 20]);
+        server.send(Write(vec![change])).await.unwrap().unwrap();
+    }
+    let stopping = server.send(Stop);
+    let reading = async {
+        // Its time is over, and it has some for the last words.
+        tokio::time::sleep(drain_timeout + Duration::from_millis(500)).await;
+        let (reason, text) = loop {
+            if let ToClient::Farewell { reason, text } = read(&mut stream).await {
+                break (reason, text);
+            }
+        };
+        drop(stream);
+        (reason, text)
+    };
+    let (stopped, (reason, text)) = tokio::join!(stopping, reading);
+    stopped.unwrap();
+    assert_eq!(reason, Reason::Stopping);
+    let sent = text.strip_prefix("the history ends at revision 10, sent up to ");
+    let sent = sent.unwrap_or_else(|| panic!("{text:?}"));
+    assert!((1..10).contains(&sent.parse().unwrap()), "{text}");
+}
