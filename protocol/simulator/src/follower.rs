@@ -14,7 +14,7 @@ use tablecast_protocol::{
 
 use crate::fault::Fault;
 use crate::history::{Cells, FORGED, History, Id, KEYS, STRANGERS, id, is, key, number, value};
-use crate::world::{Connection, Follower, Work, World, filled, flip};
+use crate::world::{Connection, Follower, Work, World, filled, flip, hashed};
 use crate::{Checked, check};
 
 /// Most keys that are looked up after a look through the store.
@@ -170,7 +170,10 @@ impl World<'_> {
             && let Some(client) = &mut link.client
         {
             let most = if follower.allows { u64::MAX } else { self.config.max_deletes };
-            let tree = follower.replica.tree().clone();
+            let tree = match client.session.state() {
+                "Relay" => hashed(follower.replica.tree()),
+                _ => follower.replica.tree().clone(),
+            };
             if client.session.handle_diff(tree, full, most).is_ok() {
                 follower.due = None;
                 follower.running = Some(std::mem::take(&mut follower.changed));
@@ -291,7 +294,7 @@ impl World<'_> {
                     client.work.push_back(Work::Root(RootOf::Diff(diff), tree));
                 }
                 Output::Mark(revision) => {
-                    let tree = follower.replica.tree().clone();
+                    let tree = hashed(follower.replica.tree());
                     client.work.push_back(Work::Root(RootOf::Mark(revision), tree));
                     follower.at_mark = follower.wrong | follower.hidden;
                     let wrong = follower.wrong & !follower.excused & !self.ever_flipped;
@@ -301,7 +304,7 @@ impl World<'_> {
                     })?;
                 }
                 Output::Checkpoint(number) => {
-                    let tree = follower.replica.tree().clone();
+                    let tree = hashed(follower.replica.tree());
                     let entries = follower.replica.reader().snapshot();
                     client.work.push_back(Work::Scrub(number, tree, entries));
                     follower.at_checkpoint = follower.wrong;

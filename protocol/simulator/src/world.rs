@@ -335,7 +335,7 @@ impl<'a> World<'a> {
             None => {
                 self.seal();
                 let number = self.log.set_checkpoint();
-                self.hashing = Some((number, self.table.tree().clone()));
+                self.hashing = Some((number, hashed(self.table.tree())));
             }
         }
         self.wake();
@@ -709,7 +709,7 @@ impl<'a> World<'a> {
                 self.end_diffs(|connection, running| (connection, running) == (id, diff));
                 return Ok(());
             }
-            Event::Snapshot(diff) => Reply::Snapshot(diff, self.table.tree().clone()),
+            Event::Snapshot(diff) => Reply::Snapshot(diff, hashed(self.table.tree())),
             Event::Read { diff, found, from, max_bytes } => {
                 let values = self.table.read(&found, from, max_bytes);
                 self.seal();
@@ -719,7 +719,7 @@ impl<'a> World<'a> {
                 self.seal();
                 self.log.mark(FollowerId(id), diff);
                 self.wake();
-                Reply::Mark(diff, self.log.head(), self.table.tree().clone())
+                Reply::Mark(diff, self.log.head(), hashed(self.table.tree()))
             }
             other => unreachable!("{other:?} is no request"),
         };
@@ -863,6 +863,13 @@ impl<'a> World<'a> {
         let after = (self.table.position(), self.table.tree().root());
         check(!taken && before == after, || "a refused batch has changed something".to_owned())
     }
+}
+
+/// A snapshot of a tree whose root somebody will ask for. It is computed before, so that the next snapshot has it,
+/// too, if nothing has changed: most tables are one leaf here, which is hashed as a whole.
+pub(crate) fn hashed(tree: &Tree) -> Tree {
+    tree.root();
+    tree.clone()
 }
 
 /// The same bytes but for one bit.
