@@ -262,12 +262,13 @@ impl World<'_> {
                         follower.want_diff(false);
                     }
                     self.totals.ways[way as usize] += 1;
-                    if way == Way::Shortened && self.config.faults != 0 && self.rng.u8(..4) == 0 {
+                    if way == Way::Shortened && self.config.faults != 0 && self.rng.bool() {
                         // Few runs are here often enough for chance to find it.
-                        self.next_fault = Some(match self.rng.u8(..4) {
+                        self.next_fault = Some(match self.rng.u8(..5) {
                             0 => Fault::TimeLeap,
                             1 => Fault::FollowerStopped,
                             2 => Fault::Failed,
+                            3 => Fault::CutInCatchUp,
                             _ => Fault::StalledReader,
                         });
                     }

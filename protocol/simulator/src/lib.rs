@@ -101,13 +101,13 @@ impl Config {
         let keys = pick(&[4, 6, 6, 9, 9, 12, 24, 63]);
         let shorten_changes = pick(&[0, 1000, 1000]);
         let max_deletes = pick(&[1, usize::MAX, usize::MAX]) as u64;
-        let fault_rate = pick(&[0, 5, 20, 60]) as u16;
+        let fault_rate = pick(&[0, 6, 24, 72]) as u16;
         let write_rate = pick(&[10, 40, 90]) as u16;
         Self {
             followers: rng.usize(1..=3),
             keys,
             log_bytes: if rng.bool() { rng.usize(3000..8000) } else { rng.usize(100..1000) },
-            updated_keys: rng.usize(2..40),
+            updated_keys: rng.usize(2..25),
             repair_bytes: rng.usize(8..200),
             answer_bytes: rng.usize(60..500),
             query_bytes: rng.usize(4..60),

@@ -7,7 +7,7 @@ use tablecast_protocol::{Reason, Tree};
 
 use crate::fault::Fault;
 use crate::history::KEYS;
-use crate::world::{World, kind};
+use crate::world::{Connection, World, kind, ready_for};
 use crate::{Checked, check};
 
 /// Most steps from the last fault until nothing is left to do.
@@ -27,10 +27,12 @@ impl World<'_> {
                 let any = Fault::ALL[self.rng.usize(..Fault::ALL.len())];
                 let fault = self.next_fault.take().unwrap_or(any);
                 self.inject(fault)?;
+                self.any_changed = true;
             } else if dice < self.config.fault_rate + self.config.write_rate
                 || !self.step(self.config.slow)?
             {
                 self.live()?;
+                self.any_changed = true;
             }
             self.reap();
             self.expire();
@@ -40,82 +42,101 @@ impl World<'_> {
 
     /// Something that can be done for some connection. Answers whether there was anything.
     fn step(&mut self, slow: u8) -> Result<bool, String> {
-        let mut ready = [(0_usize, 0_u8); 16];
-        let (mut count, mut all) = (0, 0);
-        for (at, link) in self.connections.iter().enumerate().take(ready.len()) {
-            let kinds = self.ready_for(link);
-            if kinds != 0 {
-                ready[count] = (at, kinds);
-                count += 1;
-                all += kinds.count_ones();
-            }
+        if std::mem::take(&mut self.any_changed) {
+            (0..self.connections.len()).for_each(|at| self.renew(at));
         }
-        if all == 0 {
-            return Ok(false);
-        }
+        debug_assert!(self.connections.iter().all(|link| link.ready == ready_for(link)));
+        let count = self.connections.len();
+        let (begin, kind) = (self.rng.usize(..count.max(1)), self.rng.u32(..8));
         // What is slow is passed over most of the time.
-        for last in [false, false, false, true] {
-            let mut nth = self.rng.u32(..all);
-            for (at, kinds) in &ready[..count] {
-                if nth >= kinds.count_ones() {
-                    nth -= kinds.count_ones();
-                    continue;
+        let slow = if self.rng.u8(..16) == 0 { 0 } else { slow };
+        for passed_over in [slow, 0] {
+            for at in (begin..count).chain(0..begin) {
+                let link = &self.connections[at];
+                let held = if self.steps < link.held_until { link.held } else { 0 };
+                let ready = link.ready & !held & !passed_over;
+                if ready != 0 {
+                    let nth = ready.rotate_right(kind).trailing_zeros() + kind;
+                    return self.go_on(at, 1 << (nth % 8)).map(|()| true);
                 }
-                let mut rest = *kinds;
-                (0..nth).for_each(|_| rest &= rest - 1);
-                let chosen = 1 << rest.trailing_zeros();
-                if chosen & slow == 0 || last {
-                    self.act(*at, chosen)?;
-                    return Ok(true);
-                }
-                break;
             }
         }
-        Ok(true)
+        Ok(false)
+    }
+
+    /// Does one thing for a connection, and often more of the same: so do actors, which have more than one
+    /// message in their mailboxes and write all that is pending.
+    fn go_on(&mut self, at: usize, kind: u8) -> Checked {
+        loop {
+            self.act(at, kind)?;
+            self.renew(at);
+            if self.connections[at].ready & kind == 0 || self.rng.u8(..4) == 0 {
+                return Ok(());
+            }
+            self.steps += 1;
+        }
+    }
+
+    /// Looks again what can be done for a connection.
+    fn renew(&mut self, at: usize) {
+        self.connections[at].ready = ready_for(&self.connections[at]);
     }
 
     /// What also happens when nothing goes wrong.
     fn live(&mut self) -> Checked {
         match self.rng.u8(..32) {
-            0..10 => {
-                let batch = self.batch();
-                self.write(&batch);
-                Ok(())
-            }
-            10..18 => {
-                self.seal();
-                Ok(())
-            }
-            18..20 => {
+            0..7 => {
                 self.checkpoint();
                 Ok(())
             }
-            20..26 => {
-                let follower = self.rng.usize(..self.followers.len());
-                self.connect(follower)
-            }
-            26..30 => {
+            7..13 => match self.away() {
+                Some(follower) => self.connect(follower),
+                None => self.ask(),
+            },
+            13..16 => {
                 let time = self.rng.u64(1..900);
                 self.pass(Duration::from_millis(time))
             }
-            30 => {
+            16..18 => {
                 let follower = self.rng.usize(..self.followers.len());
                 self.save(follower);
                 Ok(())
             }
-            _ => {
-                let follower = self.rng.usize(..self.followers.len());
-                self.followers[follower].want_diff(false);
-                match self.followers[follower].link.and_then(|id| self.place(id)) {
-                    Some(at) => self.begin_diff(at),
-                    None => Ok(()),
-                }
-            }
+            18..20 => self.ask(),
+            _ => self.publish(),
         }
     }
 
+    /// Somebody asks for a diff.
+    fn ask(&mut self) -> Checked {
+        let follower = self.rng.usize(..self.followers.len());
+        self.followers[follower].want_diff(false);
+        match self.followers[follower].link.and_then(|id| self.place(id)) {
+            Some(at) => self.begin_diff(at),
+            None => Ok(()),
+        }
+    }
+
+    /// A few changes. Most of them are a frame of their own: a run is about frames, and most of what a change
+    /// costs is hashes.
+    fn publish(&mut self) -> Checked {
+        let batch = self.batch();
+        self.write(&batch);
+        if self.rng.u8(..4) != 0 {
+            self.seal();
+        }
+        Ok(())
+    }
+
+    /// A follower without a connection.
+    fn away(&mut self) -> Option<usize> {
+        let begin = self.rng.usize(..self.followers.len());
+        let mut order = (begin..self.followers.len()).chain(0..begin);
+        order.find(|follower| self.followers[*follower].link.is_none())
+    }
+
     fn batch(&mut self) -> Vec<(usize, bool)> {
-        let count = self.rng.usize(1..4);
+        let count = if self.rng.bool() { 1 } else { self.rng.usize(1..4) };
         self.changes(count, KEYS)
     }
 
@@ -132,8 +153,8 @@ impl World<'_> {
 
     /// More changes of few keys than a follower that is away will want one by one.
     fn burst(&mut self) {
-        for _ in 0..self.rng.u8(3..6) {
-            let batch = self.changes(8, 4);
+        for _ in 0..self.rng.u8(2..5) {
+            let batch = self.changes(6, 3);
             self.write(&batch);
             self.seal();
         }
@@ -297,7 +318,13 @@ impl World<'_> {
         if self.connections.is_empty() {
             return;
         }
-        let at = self.rng.usize(..self.connections.len());
+        // One that has missed much is where a stall is worth most, and there seldom is one.
+        let catches_up = |link: &Connection| {
+            link.client.as_ref().is_some_and(|client| client.session.state() == "CatchUp")
+        };
+        let any = self.rng.usize(..self.connections.len());
+        let behind = self.connections.iter().position(catches_up);
+        let at = behind.filter(|_| fault == Fault::StalledReader).unwrap_or(any);
         let steps = match fault {
             Fault::StalledReader => self.rng.u64(100..600),
             _ => self.rng.u64(20..150),
@@ -310,8 +337,9 @@ impl World<'_> {
             }
             // The log moves on meanwhile.
             Fault::StalledReader => {
-                self.burst();
-                self.burst();
+                // What is caught up with is long, and so is what makes it fall out of the log.
+                let bursts = if behind.is_some() { 12 } else { 2 };
+                (0..bursts).for_each(|_| self.burst());
                 if first { kind::TO_CLIENT } else { kind::TO_CLIENT | kind::TRANSMIT }
             }
             Fault::LateReply => kind::REPLY,
@@ -363,6 +391,7 @@ impl World<'_> {
                 self.drain_server(at)?;
             }
         }
+        self.any_changed = true;
         // Nothing is waited for: what is not said by then is cut off.
         for _ in 0..self.rng.u32(..60) {
             self.steps += 1;
@@ -378,6 +407,7 @@ impl World<'_> {
 
     /// Nothing goes wrong any more.
     fn quiet(&mut self) -> Checked {
+        self.any_changed = true;
         self.config.faults = 0;
         self.config.answer_bytes = self.config.answer_bytes.max(200);
         for follower in 0..self.followers.len() {
@@ -411,6 +441,7 @@ impl World<'_> {
             for follower in 0..self.followers.len() {
                 if self.followers[follower].link.is_none() {
                     self.connect(follower)?;
+                    self.any_changed = true;
                 }
             }
             if !self.step(0)? {
@@ -419,6 +450,7 @@ impl World<'_> {
                 }
                 let next = self.next_timeout().ok_or("nobody waits for anything")?;
                 self.pass(next.saturating_sub(self.now))?;
+                self.any_changed = true;
             }
             self.reap();
         }
@@ -426,7 +458,7 @@ impl World<'_> {
     }
 
     fn states(&self) -> String {
-        let state = |link: &crate::world::Connection| {
+        let state = |link: &Connection| {
             let server = link.server.as_ref().map(|end| (end.session.state(), end.session.phase()));
             let client = link.client.as_ref().map(|end| end.session.state());
             format!(

@@ -75,6 +75,8 @@ pub(crate) struct World<'a> {
     pub(crate) followers: Vec<Follower>,
     pub(crate) connections: Vec<Connection>,
     last_connection: u64,
+    /// Something has happened to others than the connection of the last step.
+    pub(crate) any_changed: bool,
     /// What goes wrong next, while a shortened catch-up runs.
     pub(crate) next_fault: Option<Fault>,
     /// Roots that were compared from time to time.
@@ -133,6 +135,8 @@ pub(crate) struct Connection {
     pub(crate) tainted: bool,
     /// Most frames on their way to the follower.
     pub(crate) room: usize,
+    /// Kinds of steps that can be done, as of the last look.
+    pub(crate) ready: u8,
     /// Kinds of steps that wait, and until when.
     pub(crate) held: u8,
     pub(crate) held_until: u64,
@@ -235,6 +239,7 @@ impl<'a> World<'a> {
             followers,
             connections: Vec::new(),
             last_connection: 0,
+            any_changed: true,
             next_fault: None,
             verified: 0,
             config,
@@ -324,6 +329,7 @@ impl<'a> World<'a> {
     }
 
     fn wake(&mut self) {
+        self.any_changed = true;
         for server in self.connections.iter_mut().filter_map(|link| link.server.as_mut()) {
             server.dry = false;
         }
@@ -434,6 +440,7 @@ impl<'a> World<'a> {
             to_client: Pipe::new(),
             tainted: false,
             room: self.config.room,
+            ready: 0,
             held: 0,
             held_until: 0,
         });
@@ -465,29 +472,6 @@ impl<'a> World<'a> {
     /// Forgets connections of which nothing is left.
     pub(crate) fn reap(&mut self) {
         self.connections.retain(|link| link.server.is_some() || link.client.is_some());
-    }
-
-    /// What can be done for a connection now.
-    pub(crate) fn ready_for(&self, link: &Connection) -> u8 {
-        let mut ready = 0;
-        let mut allow = |kind: u8, when: bool| ready |= if when { kind } else { 0 };
-        if let Some(server) = &link.server {
-            allow(kind::SERVE, !server.requests.is_empty());
-            allow(kind::REPLY, !server.replies.is_empty());
-            allow(kind::DIFFER, server.differs.iter().any(Differ::has_work));
-            allow(kind::TRANSMIT, !server.dry && link.to_client.frames.len() < link.room);
-            let reads = link.to_server.is_readable() && server.session.wants_input();
-            allow(kind::TO_SERVER, reads);
-            // Nobody reads its last words: they have their time, and no more.
-            let full = link.to_client.frames.len() >= link.room;
-            allow(kind::CLOSE, full && server.session.state() == "Closed");
-        }
-        if let Some(client) = &link.client {
-            allow(kind::TO_CLIENT, link.to_client.is_readable());
-            allow(kind::WORK, !client.work.is_empty());
-            allow(kind::CLOSE, client.session.state() == "Closed");
-        }
-        if self.steps < link.held_until { ready & !link.held } else { ready }
     }
 
     pub(crate) fn act(&mut self, at: usize, kind: u8) -> Checked {
@@ -737,6 +721,7 @@ impl<'a> World<'a> {
             {
                 server.replies.push_back(Reply::Admitted(diff));
                 self.running.push((id, diff));
+                self.any_changed = true;
             }
         }
     }
@@ -863,6 +848,29 @@ impl<'a> World<'a> {
         let after = (self.table.position(), self.table.tree().root());
         check(!taken && before == after, || "a refused batch has changed something".to_owned())
     }
+}
+
+/// What can be done for a connection now, were none of it held.
+pub(crate) fn ready_for(link: &Connection) -> u8 {
+    let mut ready = 0;
+    let mut allow = |kind: u8, when: bool| ready |= if when { kind } else { 0 };
+    if let Some(server) = &link.server {
+        allow(kind::SERVE, !server.requests.is_empty());
+        allow(kind::REPLY, !server.replies.is_empty());
+        allow(kind::DIFFER, server.differs.iter().any(Differ::has_work));
+        allow(kind::TRANSMIT, !server.dry && link.to_client.frames.len() < link.room);
+        let reads = link.to_server.is_readable() && server.session.wants_input();
+        allow(kind::TO_SERVER, reads);
+        // Nobody reads its last words: they have their time, and no more.
+        let full = link.to_client.frames.len() >= link.room;
+        allow(kind::CLOSE, full && server.session.state() == "Closed");
+    }
+    if let Some(client) = &link.client {
+        allow(kind::TO_CLIENT, link.to_client.is_readable());
+        allow(kind::WORK, !client.work.is_empty());
+        allow(kind::CLOSE, client.session.state() == "Closed");
+    }
+    ready
 }
 
 /// A snapshot of a tree whose root somebody will ask for. It is computed before, so that the next snapshot has it,
