@@ -49,6 +49,9 @@ use middleman::{Command, ConnectionId, Middleman};
 /// Most keys that one look through the store puts right; the next one finds the others.
 const SCRUBBED_KEYS: usize = 1 << 16;
 
+/// Of how many of them it is seen whether they are there behind the diff that puts them right.
+const MAX_REPAIRED: usize = 1024;
+
 /// A change of the follower's own table, beside the server: to fill it, or to break it in a test.
 #[derive(Debug, Message)]
 #[rtype(result = "Result<(), StoreError>")]
@@ -321,6 +324,8 @@ pub struct Client {
     /// What the store said when it refused something last.
     refusal: Option<Arc<StoreError>>,
     corrupt: u64,
+    /// Keys that were changed behind this actor's back, and that the next diff puts right.
+    repaired: Vec<Key>,
     /// The next diff may delete what it likes.
     allowed: bool,
     /// The last diff was held, and is asked for once more.
@@ -366,6 +371,7 @@ impl Client {
             trouble: None,
             refusal: None,
             corrupt: 0,
+            repaired: Vec::new(),
             allowed: false,
             held_before: false,
             way: None,
@@ -554,6 +560,31 @@ impl Client {
         self.corrupt += keys.len() as u64;
         metrics::corrupt(keys.len() as u64);
         self.emit(|| Event::Corrupt { keys: keys.len(), example });
+        self.repaired.extend(keys.into_iter().take(MAX_REPAIRED));
+        self.repaired.truncate(MAX_REPAIRED);
+    }
+
+    /// What was put right must be there: a store that loses it would lose it for ever.
+    fn look_at_repaired(&mut self) {
+        let mut lost = None;
+        for key in std::mem::take(&mut self.repaired) {
+            let error = match self.replica.look_up(&key) {
+                Ok(false) => continue,
+                Ok(true) => {
+                    let key = key.escape_ascii();
+                    StoreError::new(format!("it does not keep what is written at key {key}"))
+                }
+                Err(error) => error,
+            };
+            lost.get_or_insert(error);
+        }
+        if let Some(error) = lost {
+            self.changed = true;
+            self.refuse(error);
+            if let Some((_, session)) = &mut self.link {
+                session.handle_refused();
+            }
+        }
     }
 
     fn scrubbed(
@@ -724,6 +755,7 @@ impl Client {
             root,
             server_root,
         };
+        self.look_at_repaired();
         // Equal at the mark; what was refused behind it is missing still.
         let whole = self.standing().is_some();
         metrics::diff_done(&report);

@@ -72,16 +72,18 @@ impl Replica {
         })
     }
 
-    /// Puts into the tree what the store holds at this key, whatever the tree said.
+    /// Puts into the tree what the store holds at this key; whether the tree said something else.
     ///
     /// # Errors
     /// If the store cannot be read.
-    pub fn look_up(&mut self, key: &[u8]) -> Result<(), StoreError> {
-        match self.reader.get(key)? {
-            Some(value) => self.tree.insert(key, &value),
+    pub fn look_up(&mut self, key: &[u8]) -> Result<bool, StoreError> {
+        let entry = self.reader.get(key)?.map(|value| Entry::new(key, &value));
+        let now = entry.as_ref().map(|entry| *entry.hash());
+        let before = match entry {
+            Some(entry) => self.tree.insert_entry(entry),
             None => self.tree.remove(key),
         };
-        Ok(())
+        Ok(before != now)
     }
 
     /// The tree as it is. Clone it for a snapshot: O(1).

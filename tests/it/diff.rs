@@ -1,5 +1,6 @@
 //! Repair beside the live stream, over real TCP.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
 use tablecast::{
@@ -266,6 +267,51 @@ async fn what_is_changed_behind_the_followers_back_is_found_and_healed() {
         server.write("live", format!("{found}")).await.unwrap();
     }
     assert_eq!(client.status().await.unwrap().health, Health::Ready);
+}
+
+/// A store that says that it has written everything, and loses one key.
+#[derive(Clone, Default)]
+struct Leaky(MemoryStore, Arc<AtomicBool>);
+
+impl Store for Leaky {
+    fn apply(&mut self, changes: &[Change]) -> Result<(), StoreError> {
+        let lost = |change: &&Change| change.key() == &key(3) && self.1.load(Ordering::Relaxed);
+        let kept: Vec<Change> = changes.iter().filter(|change| !lost(change)).cloned().collect();
+        self.0.apply(&kept)
+    }
+
+    fn reader(&self) -> Arc<dyn Reader> {
+        self.0.reader()
+    }
+}
+
+#[actix_rt::test]
+async fn a_store_that_keeps_losing_a_key_is_not_healed() {
+    let every = Some(std::time::Duration::from_millis(20));
+    let config = ServerConfig { verify_every: every, ..ServerConfig::default() };
+    let (server, address) = serve(config, filled(10)).await;
+    let store = Leaky::default();
+    store.1.store(true, Ordering::Relaxed);
+    let access = TcpAccess::new(address.to_string());
+    let client = Client::start(quick(), store.clone(), access).unwrap();
+    let mut events = client.events().await.unwrap();
+    // The tree was told that it is there.
+    assert!(connect(&client).await.equal());
+    event(&mut events, |event| matches!(event, Event::Corrupt { .. }).then_some(())).await;
+    event(&mut events, |event| matches!(event, Event::Refused(_)).then_some(())).await;
+    let reason = within(async {
+        loop {
+            if let Health::Diverged { reason } = client.status().await.unwrap().health {
+                return reason;
+            }
+        }
+    });
+    assert!(reason.await.ends_with("it does not keep what is written at key key-000003"));
+    assert_eq!(client.status().await.unwrap().position, None);
+    // As soon as it does, all is well.
+    store.1.store(false, Ordering::Relaxed);
+    client.wait_ready(LONG).await.unwrap();
+    assert_converges(&server, &client).await;
 }
 
 #[actix_rt::test]
