@@ -2097,8 +2097,9 @@ fn more_updated_keys_than_are_remembered_end_a_diff() {
     assert_eq!(write(&["c", "d", "e"])[1..], [aborted]);
 }
 
-#[test]
-fn repairs_are_as_small_as_the_follower_is_slow() {
+/// How large repairs are, in KiB, if the follower takes so many microseconds for each, and a change of so many bytes goes by
+/// before the next.
+fn repair_sizes(repairs: impl IntoIterator<Item = (u32, usize)>) -> Vec<usize> {
     let entries = (0..3000_u16).map(|n| (n.to_be_bytes().to_vec().into(), vec![0; 1000].into()));
     let mut table = Table::open(entries.collect::<MemoryStore>(), Limits::default()).unwrap();
     table.ready(epoch());
@@ -2106,31 +2107,7 @@ fn repairs_are_as_small_as_the_follower_is_slow() {
     let (_, step) = Walk::new(table.tree().clone(), Tree::new().root(), 0, false, 1 << 20);
     end.act(|session| session.handle_step(DIFF, step));
     let mut sizes = Vec::new();
-    for micros in [100, 100, 100, 100, 200, 400, 301, u32::MAX, 400, 400, 0] {
-        let [Event::Read { found, from, max_bytes, .. }] = &end.events[..] else {
-            panic!("{:?}", end.events)
-        };
-        sizes.push(max_bytes >> 10);
-        let values = table.read(found, *from, *max_bytes);
-        end.act(|session| session.handle_values(DIFF, values));
-        // The next reading is asked for as this one goes out, so an answer is for the one behind it.
-        let next = std::mem::take(&mut end.events);
-        end.message(ToServer::RepairAck { diff: DIFF, failed: 0, micros });
-        end.events = next;
-    }
-    assert_eq!(sizes, [8, 8, 16, 32, 64, 64, 64, 32, 16, 8, 4]);
-}
-
-#[test]
-fn repairs_are_small_beside_a_busy_stream() {
-    let entries = (0..3000_u16).map(|n| (n.to_be_bytes().to_vec().into(), vec![0; 1000].into()));
-    let mut table = Table::open(entries.collect::<MemoryStore>(), Limits::default()).unwrap();
-    table.ready(epoch());
-    let mut end = server_stage("walk");
-    let (_, step) = Walk::new(table.tree().clone(), Tree::new().root(), 0, false, 1 << 20);
-    end.act(|session| session.handle_step(DIFF, step));
-    let mut sizes = Vec::new();
-    for live_bytes in [0, 0, 0, 70_000, 0, 60_000, 70_000, 70_000, 0] {
+    for (micros, live_bytes) in repairs {
         let [Event::Read { found, from, max_bytes, .. }] = &end.events[..] else {
             panic!("{:?}", end.events)
         };
@@ -2140,12 +2117,26 @@ fn repairs_are_small_beside_a_busy_stream() {
         table.seal();
         let (chunk, chain) = table.next_chunk().unwrap();
         end.log.push(chunk, chain, NOW);
-        // One is under way and not acknowledged, so the next reading is asked for as this one goes out.
+        // The next reading is asked for as this one goes out, so an answer is for the one behind it.
         end.act(|session| session.handle_values(DIFF, values));
         let next = std::mem::take(&mut end.events);
-        end.message(ToServer::RepairAck { diff: DIFF, failed: 0, micros: 0 });
+        end.message(ToServer::RepairAck { diff: DIFF, failed: 0, micros });
         end.events = next;
     }
+    sizes
+}
+
+#[test]
+fn repairs_are_as_small_as_the_follower_is_slow() {
+    let micros = [100, 100, 100, 100, 200, 400, 301, u32::MAX, 400, 400, 0];
+    let sizes = repair_sizes(micros.map(|micros| (micros, 0)));
+    assert_eq!(sizes, [8, 8, 16, 32, 64, 64, 64, 32, 16, 8, 4]);
+}
+
+#[test]
+fn repairs_are_small_beside_a_busy_stream() {
+    let live_bytes = [0, 0, 0, 70_000, 0, 60_000, 70_000, 70_000, 0];
+    let sizes = repair_sizes(live_bytes.map(|bytes| (0, bytes)));
     assert_eq!(sizes, [8, 8, 16, 32, 64, 8, 64, 64, 8]);
 }
 
