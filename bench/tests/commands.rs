@@ -67,7 +67,7 @@ fn soak() {
 
 #[test]
 fn hostile() {
-    let asked = "hostile --connections 16 --followers 5 --keys 1000 --seconds 2 --turns 1 --json";
+    let asked = "hostile --connections 16 --followers 5 --keys 1000 --seconds 6 --turns 1 --json";
     let answer = ask(asked);
     let delivered = ["quiet_delivered_per_s", "hostile_delivered_per_s", "ratio"];
     assert_positive(&answer, &delivered);

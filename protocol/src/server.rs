@@ -129,8 +129,9 @@ pub(crate) const MAX_CONTROL: usize = 16;
 /// the least, and what ends the catch-up is of 41.
 const WORTH_SHORTENING: u64 = 14;
 
-/// More bytes of live changes than these between two repairs, and the stream is busy: it is a server with as much to
-/// do as it can. The next repair is as small as the first one then: its changes are for one follower, live ones for all.
+/// More bytes of live changes than these had to go ahead of a repair that was read, and the stream is busy: it is a server, or a
+/// line, with as much to do as it can. The next repair is as small as the first one then: its changes are for one follower, live
+/// ones for all.
 const BUSY_BYTES: usize = 64 << 10;
 
 /// How large the first repair of a diff is at most, so that the follower has something to apply while more is
@@ -243,8 +244,6 @@ struct Diff {
     recording: bool,
     /// Keys of all live changes put on the wire while recording.
     updated: Updated,
-    /// Bytes of live changes put on the wire since the last repair.
-    live_bytes: usize,
     phase: Phase,
 }
 
@@ -272,6 +271,8 @@ struct Repair {
     max_bytes: usize,
     /// Read, and waiting for its turn; `None` while a reading is under way.
     ready: Option<Values>,
+    /// Bytes of live changes that went on the wire before it might.
+    held_bytes: usize,
     /// The head when the last repair ended: live changes up to here go first.
     turn: Revision,
     suppressed: u64,
@@ -785,6 +786,7 @@ impl Session {
                     next: 0,
                     max_bytes: FIRST_REPAIR_BYTES,
                     ready: None,
+                    held_bytes: 0,
                     turn,
                     suppressed: 0,
                     failed: BTreeSet::new(),
@@ -1072,7 +1074,11 @@ impl Session {
             && at.recording
         {
             at.updated.extend(&chunk.keys);
-            at.live_bytes += chunk.frame.len();
+            if let Phase::Repair(Repair { ready: Some(values), held_bytes, .. }) = &mut at.phase
+                && chunk.first <= values.revision
+            {
+                *held_bytes += chunk.frame.len();
+            }
             let (id, full) = (at.id, at.updated.exceeds(self.config.updated_keys));
             if full && !self.broken.breaks(Mutation::UpdatedUnbounded) {
                 self.abort(id, AbortReason::Updated);
@@ -1180,7 +1186,7 @@ impl Session {
         let Phase::Repair(repair) = &mut at.phase else { return };
         if repair.next < repair.found.len() {
             let (found, from) = (Arc::clone(&repair.found), repair.next);
-            let busy = std::mem::take(&mut at.live_bytes) > BUSY_BYTES;
+            let busy = std::mem::take(&mut repair.held_bytes) > BUSY_BYTES;
             let most = if busy { most.min(FIRST_REPAIR_BYTES) } else { most };
             let max_bytes = repair.max_bytes.min(most);
             self.events.push_back(Event::Read { diff, found, from, max_bytes });
@@ -1289,7 +1295,6 @@ impl Diff {
             served: Served::default(),
             recording: false,
             updated: Updated::default(),
-            live_bytes: 0,
             phase: Phase::Queued,
         }
     }

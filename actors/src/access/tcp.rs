@@ -53,7 +53,7 @@ impl TcpListener {
     pub fn bind(address: impl ToSocketAddrs) -> io::Result<Self> {
         let listener = std::net::TcpListener::bind(address)?;
         // A second call changes the length of the queue: a thousand followers come back at once.
-        SockRef::from(&listener).listen(BACKLOG)?;
+        SockRef::from(&listener).listen(BACKLOG).ok();
         listener.set_nonblocking(true)?;
         let address = listener.local_addr()?;
         Ok(Self { bound: Bound::Std(listener), address, nodelay: true })
@@ -85,8 +85,9 @@ impl TcpListener {
             }
         };
         stream.set_nodelay(self.nodelay)?;
+        // A system that does not know it keeps more, and that is all.
         #[cfg(any(target_os = "android", target_os = "linux"))]
-        SockRef::from(&stream).set_tcp_notsent_lowat(UNSENT_BYTES)?;
+        SockRef::from(&stream).set_tcp_notsent_lowat(UNSENT_BYTES).ok();
         // Taken out of this thread's runtime, so that the thread that serves it polls it too.
         let stream = stream.into_std()?;
         Ok(Incoming::new(peer.to_string(), move || {
