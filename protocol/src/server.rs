@@ -132,7 +132,7 @@ const WORTH_SHORTENING: u64 = 14;
 /// More bytes of live changes than these had to go ahead of a repair that was read, and the stream is busy: it is a server, or a
 /// line, with as much to do as it can. The next repair is as small as the first one then: its changes are for one follower, live
 /// ones for all.
-const BUSY_BYTES: usize = 64 << 10;
+const BUSY_BYTES: usize = 16 << 10;
 
 /// How large the first repair of a diff is at most, so that the follower has something to apply while more is
 /// read, and the smallest to which a slow follower brings it.
