@@ -1001,7 +1001,14 @@ impl Actor for Client {
 
     fn started(&mut self, ctx: &mut Context<Self>) {
         ctx.set_mailbox_capacity(1024);
-        ctx.run_interval(metrics::EVERY, |client, _| metrics::client(&client.status()));
+        let mut told = (0, 0);
+        ctx.run_interval(metrics::EVERY, move |client, _| {
+            let status = client.status();
+            let traffic = (status.bytes_sent, status.bytes_received);
+            metrics::client_traffic(traffic.0 - told.0, traffic.1 - told.1);
+            told = traffic;
+            metrics::client(&status);
+        });
         if let Some(every) = self.config.diff_every {
             // The first one anywhere within the period.
             diff_after(every.mul_f64(fastrand::f64()), every, ctx);

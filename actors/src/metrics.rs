@@ -26,6 +26,8 @@ pub fn describe() {
         ("tablecast_server_verifications_total", "Roots compared with followers, by result."),
         ("tablecast_server_stalled_total", "Followers closed because their socket took nothing."),
         ("tablecast_server_refused_followers_total", "Followers that may not connect."),
+        ("tablecast_server_sent_bytes_total", "Bytes sent to followers."),
+        ("tablecast_server_received_bytes_total", "Bytes that came from followers."),
         ("tablecast_client_changes_total", "Live changes applied by the follower."),
         ("tablecast_client_refused_total", "Changes that the follower's store refused."),
         ("tablecast_client_corrupt_total", "Keys found changed behind the follower's back."),
@@ -35,6 +37,8 @@ pub fn describe() {
         ("tablecast_client_diffs_total", "Diffs that ended, by how."),
         ("tablecast_client_repaired_total", "Keys written or deleted by repairs."),
         ("tablecast_client_held_total", "Repairs held because they would delete too much."),
+        ("tablecast_client_sent_bytes_total", "Bytes sent to the server."),
+        ("tablecast_client_received_bytes_total", "Bytes that came from the server."),
     ] {
         describe_counter!(name, what);
     }
@@ -50,6 +54,7 @@ pub fn describe() {
         ("tablecast_client_connected", "1 while the handshake is through."),
         ("tablecast_client_ready", "1 while nothing is known to be missing."),
         ("tablecast_client_revision", "The revision up to which changes have come."),
+        ("tablecast_client_verified_revision", "Where its root was last known to be the server's."),
         ("tablecast_client_keys", "Keys of the follower's table."),
     ] {
         describe_gauge!(name, what);
@@ -82,11 +87,26 @@ pub(crate) fn client(status: &ClientStatus) {
     gauge!("tablecast_client_connected").set(u8::from(status.connected));
     gauge!("tablecast_client_ready").set(ready);
     gauge!("tablecast_client_revision").set(number(revision));
+    let verified = status.verified.map_or(0, |revision| revision.0);
+    gauge!("tablecast_client_verified_revision").set(number(verified));
     gauge!("tablecast_client_keys").set(number(status.keys as u64));
 }
 
 pub(crate) fn changes_written(changes: u64) {
     counter!("tablecast_server_changes_total").increment(changes);
+}
+
+pub(crate) fn server_traffic(sent: u64, received: u64) {
+    if (sent, received) == (0, 0) {
+        return;
+    }
+    counter!("tablecast_server_sent_bytes_total").increment(sent);
+    counter!("tablecast_server_received_bytes_total").increment(received);
+}
+
+pub(crate) fn client_traffic(sent: u64, received: u64) {
+    counter!("tablecast_client_sent_bytes_total").increment(sent);
+    counter!("tablecast_client_received_bytes_total").increment(received);
 }
 
 pub(crate) fn write_refused() {

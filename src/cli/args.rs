@@ -78,6 +78,9 @@ pub(super) struct Serve {
     /// at once
     #[arg(long, value_name = "SECONDS", default_value = "5", value_parser = seconds)]
     pub(super) drain_timeout: Duration,
+    /// How often followers compare their roots with the table's; 0 is only behind a diff
+    #[arg(long, value_name = "SECONDS", default_value = "60", value_parser = seconds_or_never)]
+    pub(super) verify_every: Duration,
     /// What the table holds at first; nothing without it
     #[arg(long, value_name = "FILE")]
     pub(super) load: Option<PathBuf>,
@@ -312,6 +315,10 @@ fn seconds(text: &str) -> Result<Duration, String> {
     }
 }
 
+fn seconds_or_never(text: &str) -> Result<Duration, String> {
+    if text == "0" { Ok(Duration::ZERO) } else { seconds(text) }
+}
+
 fn follower_name(text: &str) -> Result<String, String> {
     if text.len() > NAME_BYTES {
         return Err(format!("of {} bytes, above the limit of {NAME_BYTES}", text.len()));
@@ -346,6 +353,8 @@ mod tests {
         for bad in ["", "x", "0", "-1", "nan", "inf", "-inf", "1e300", "1e-300", "31536001"] {
             assert!(seconds(bad).is_err(), "{bad}");
         }
+        assert_eq!(seconds_or_never("0"), Ok(Duration::ZERO));
+        assert!(seconds_or_never("-0").is_err());
     }
 
     #[test]

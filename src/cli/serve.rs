@@ -80,7 +80,9 @@ pub(super) async fn run(args: &Serve, output: &Output) -> Result<ExitCode, Failu
 }
 
 fn config(args: &Serve) -> Result<ServerConfig, Failure> {
-    let mut config = ServerConfig { drain_timeout: args.drain_timeout, ..ServerConfig::default() };
+    let verify_every = Some(args.verify_every).filter(|every| !every.is_zero());
+    let drain_timeout = args.drain_timeout;
+    let mut config = ServerConfig { drain_timeout, verify_every, ..ServerConfig::default() };
     if let Some(token) = credentials::token(args.token_file.as_deref())? {
         config.authorize = Arc::new(token);
     }

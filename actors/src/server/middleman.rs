@@ -489,6 +489,8 @@ impl Middleman {
                 status.sent = session.sent();
             }
             status.jumps = session.jumps();
+            let (sent, received) = (status.bytes_sent, status.bytes_received);
+            metrics::server_traffic(framed.sent - sent, framed.received - received);
             status.bytes_sent = framed.sent;
             status.bytes_received = framed.received;
         });

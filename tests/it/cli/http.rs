@@ -1,6 +1,7 @@
 //! What `serve` and `follow` answer over HTTP, and the subcommands that ask.
 
 use std::net::TcpStream;
+use std::time::Instant;
 
 use super::*;
 
@@ -185,8 +186,16 @@ fn health_status_and_metrics() {
     let why = format!("not connected to {listen}");
     assert_eq!((answer.status, answer.text()), (503, &*why));
     drop(silent);
-    let mut server =
-        Program::start(["serve", "--listen", &listen, "--http", "127.0.0.1:0", "--json"]);
+    let mut server = Program::start([
+        "serve",
+        "--listen",
+        &listen,
+        "--http",
+        "127.0.0.1:0",
+        "--json",
+        "--verify-every",
+        "0.1",
+    ]);
     let http = server.expect("ready")["http"].as_str().unwrap().to_owned();
     follower.wait("diff");
     for address in [&http, &theirs] {
@@ -212,6 +221,25 @@ fn health_status_and_metrics() {
     ] {
         let metrics = get(address, "/metrics");
         assert!(metrics.text().lines().any(|line| line == metric), "{}", metrics.text());
+    }
+    // Told once a second at the follower.
+    for (address, metric) in [
+        (&http, "tablecast_server_sent_bytes_total "),
+        (&http, "tablecast_server_received_bytes_total "),
+        (&theirs, "tablecast_client_sent_bytes_total "),
+        (&theirs, "tablecast_client_received_bytes_total "),
+        // Roots are compared behind the write, too.
+        (&theirs, "tablecast_client_verified_revision "),
+    ] {
+        let since = Instant::now();
+        loop {
+            let metrics = get(address, "/metrics");
+            let value = metrics.text().lines().find_map(|line| line.strip_prefix(metric));
+            if value.is_some_and(|value| value.parse::<f64>().unwrap() > 0.0) {
+                break;
+            }
+            assert!(since.elapsed() < LONG, "{metric}: {}", metrics.text());
+        }
     }
 
     let (code, stdout, _) = ask(["status", "--http", &http], b"");
