@@ -23,7 +23,9 @@ use tablecast_actors::protocol::{Limits, Reason, ToClient, ToServer, wire};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf};
 use tokio::net::TcpStream;
 
-use crate::harness::{LONG, assert_converges, connect, event, filled, key, quick, serve, within};
+use crate::harness::{
+    LONG, assert_converges, connect, disconnected, event, filled, key, quick, serve, within,
+};
 use crate::limits::{last_words, read_message};
 
 /// A certificate and its key, PEM.
@@ -119,10 +121,7 @@ async fn who_does_not_show_the_token_is_refused() {
         let refused = client(ClientConfig { token: shown, ..quick() }, access);
         let mut events = refused.events().await.unwrap();
         not_connected(&refused, &format!("refused: {why}")).await;
-        let said = event(&mut events, |event| match event {
-            Event::Disconnected(reason) => Some(reason.clone()),
-            _ => None,
-        });
+        let said = event(&mut events, disconnected);
         assert!(said.await.contains(why));
         assert_eq!(refused.reader().len().unwrap(), 0);
     }

@@ -4,14 +4,13 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
 use tablecast::{
-    Change, Client, DiffAborted, DiffError, DiffOutcome, DiffPhase, Error, Event, Health,
-    MemoryStore, Progress, Reader, Revision, Server, ServerConfig, Store, StoreError, Verified,
-    access::tcp::TcpAccess,
+    Change, DiffAborted, DiffError, DiffOutcome, DiffPhase, Error, Event, Health, MemoryStore,
+    Progress, Reader, Revision, Server, ServerConfig, Store, StoreError, Verified,
 };
 
 use crate::harness::{
-    Gate, LONG, Proxy, assert_converges, connect, entries, event, filled, follower, key, quick,
-    report, serve, within,
+    Gate, LONG, Proxy, assert_converges, connect, entries, event, filled, follower, key, report,
+    serve, within,
 };
 
 #[actix_rt::test]
@@ -81,7 +80,7 @@ async fn several_followers_diff_at_once_while_writes_go_on() {
         // Each lacks another part, and has keys of its own.
         let mut store: Vec<_> = entries(&filled(5000)).into_iter().skip(number * 700).collect();
         store.extend((0..100).map(|extra| (key(100_000 + number * 100 + extra), "x".into())));
-        clients.push(follower(address, store.into_iter().collect()));
+        clients.push(follower(address, store.into_iter().collect::<MemoryStore>()));
     }
     let reports = futures_util::future::join_all(clients.iter().map(connect)).await;
     for report in &reports {
@@ -158,8 +157,7 @@ async fn a_refused_change_is_counted_and_repaired_later_by_itself() {
     let store =
         Stubborn { inner: MemoryStore::new(), refused: Arc::new(Mutex::new(Some("stubborn"))) };
     let refused = Arc::clone(&store.refused);
-    let access = TcpAccess::new(address.to_string());
-    let client = Client::start(quick(), store, access).unwrap();
+    let client = follower(address, store);
     assert!(connect(&client).await.equal());
     let mut events = client.events().await.unwrap();
     server.write("stubborn", "value").await.unwrap();
@@ -292,8 +290,7 @@ async fn a_store_that_keeps_losing_a_key_is_not_healed() {
     let (server, address) = serve(config, filled(10)).await;
     let store = Leaky::default();
     store.1.store(true, Ordering::Relaxed);
-    let access = TcpAccess::new(address.to_string());
-    let client = Client::start(quick(), store.clone(), access).unwrap();
+    let client = follower(address, store.clone());
     let mut events = client.events().await.unwrap();
     // The tree was told that it is there.
     assert!(connect(&client).await.equal());
@@ -319,7 +316,7 @@ async fn a_table_that_does_not_heal_says_why() {
     let (server, address) = serve(ServerConfig::default(), filled(10)).await;
     let store =
         Stubborn { inner: MemoryStore::new(), refused: Arc::new(Mutex::new(Some("key-000003"))) };
-    let client = Client::start(quick(), store, TcpAccess::new(address.to_string())).unwrap();
+    let client = follower(address, store);
     let report = connect(&client).await;
     assert!(!report.equal() && report.failed == 1, "{report:?}");
     let health = client.status().await.unwrap().health;

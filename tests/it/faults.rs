@@ -9,9 +9,8 @@ use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
 use tablecast::access::{Access, Stream, tcp::TcpAccess};
 use tablecast::{
-    Chain, Change, Client, ClientConfig, Epoch, Error, Event, Hash, HeartbeatConfig, Limits,
-    MemoryStore, Reader, Revision, Server, ServerConfig, SessionConfig, Store, StoreError,
-    WaitError, Way,
+    Chain, Change, Client, ClientConfig, Epoch, Error, Hash, HeartbeatConfig, Limits, MemoryStore,
+    Reader, Revision, Server, ServerConfig, SessionConfig, Store, StoreError, WaitError, Way,
 };
 use tablecast_actors::protocol::wire::{self, Changes};
 use tablecast_actors::protocol::{DiffId, Digest, ToClient, ToServer, tree};
@@ -19,8 +18,8 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 
 use crate::harness::{
-    Gate, LONG, Proxy, assert_converges, connect, event, filled, follower, quick, report, serve,
-    within,
+    Gate, LONG, Proxy, assert_converges, connect, disconnected, event, filled, follower, quick,
+    report, serve, within,
 };
 
 async fn get<M: wire::Message>(stream: &mut TcpStream) -> M {
@@ -294,18 +293,13 @@ async fn a_slow_store_is_not_taken_for_a_dead_follower() {
 #[actix_rt::test]
 async fn a_server_whose_store_panics_leaves_its_followers_in_no_doubt() {
     let store = Odd { inner: filled(10), ..Odd::default() };
-    let server = Server::start(ServerConfig::default(), store.clone()).unwrap();
-    let address = server.listen("127.0.0.1:0").unwrap();
-    server.ready().await.unwrap();
+    let (server, address) = serve(ServerConfig::default(), store.clone()).await;
     let client = follower(address, MemoryStore::new());
     assert!(connect(&client).await.equal());
     let mut events = client.events().await.unwrap();
     store.panic.store(true, Ordering::SeqCst);
     assert!(matches!(server.write("k", "v").await, Err(Error::Stopped)));
-    let why = event(&mut events, |event| match event {
-        Event::Disconnected(why) => Some(why.clone()),
-        _ => None,
-    });
+    let why = event(&mut events, disconnected);
     assert_eq!(why.await, "peer left: internal failure: the server failed");
     assert_eq!(client.reader().len().unwrap(), 10);
     within(server.stop()).await;
@@ -338,11 +332,7 @@ async fn stopping_flushes_closes_all_and_frees_the_address() {
         let handle = server.clone();
         within(server.stop()).await;
         std::net::TcpListener::bind(address).unwrap();
-        let why = event(&mut events, |event| match event {
-            Event::Disconnected(why) => Some(why.clone()),
-            _ => None,
-        })
-        .await;
+        let why = event(&mut events, disconnected).await;
         let last = client.reader().get(b"last").unwrap();
         assert!(last.is_some(), "lost in round {round}: {why}");
         // Told so, or closed before it was accepted.

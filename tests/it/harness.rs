@@ -6,7 +6,7 @@ use std::time::Duration;
 use tablecast::access::tcp::TcpAccess;
 use tablecast::{
     Client, ClientConfig, DiffOutcome, DiffReport, Event, Key, MemoryStore, Reader, Server,
-    ServerConfig, Value,
+    ServerConfig, Store, Value,
 };
 use tokio::sync::broadcast;
 
@@ -22,7 +22,7 @@ pub fn filled(keys: usize) -> MemoryStore {
 }
 
 /// A server that is ready, and where.
-pub async fn serve(config: ServerConfig, store: MemoryStore) -> (Server, SocketAddr) {
+pub async fn serve(config: ServerConfig, store: impl Store) -> (Server, SocketAddr) {
     let server = Server::start(config, store).unwrap();
     let address = server.listen("127.0.0.1:0").unwrap();
     server.ready().await.unwrap();
@@ -39,7 +39,7 @@ pub fn quick() -> ClientConfig {
     }
 }
 
-pub fn follower(address: SocketAddr, store: MemoryStore) -> Client {
+pub fn follower(address: SocketAddr, store: impl Store) -> Client {
     Client::start(quick(), store, TcpAccess::new(address.to_string())).unwrap()
 }
 
@@ -66,6 +66,14 @@ pub async fn event<T>(
         }
     })
     .await
+}
+
+/// Why the connection ended, for [`event`].
+pub fn disconnected(event: &Event) -> Option<String> {
+    match event {
+        Event::Disconnected(why) => Some(why.clone()),
+        _ => None,
+    }
 }
 
 /// The report of the next diff that is done.

@@ -333,8 +333,7 @@ async fn a_store_that_cannot_be_read_is_not_verified() {
     let config = ServerConfig { verify_every: every, ..ServerConfig::default() };
     let (server, address) = serve(config, filled(100)).await;
     let mut store = Failing::default();
-    let access = TcpAccess::new(address.to_string());
-    let client = Client::start(quick(), store.clone(), access).unwrap();
+    let client = follower(address, store.clone());
     assert!(connect(&client).await.equal());
     let mut events = client.events().await.unwrap();
     store.1.store(true, std::sync::atomic::Ordering::Relaxed);

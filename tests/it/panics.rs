@@ -14,13 +14,14 @@ use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
 use tablecast::access::{Access, Incoming, Listener, Stream, memory, tcp::TcpAccess};
 use tablecast::{
-    Change, Client, Error, Event, Key, MemoryStore, Reader, Revision, Server, ServerConfig, Store,
+    Change, Client, Error, Key, MemoryStore, Reader, Revision, Server, ServerConfig, Store,
     StoreError, Value, WaitError, Way,
 };
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 use crate::harness::{
-    LONG, assert_converges, connect, entries, event, filled, follower, quick, report, serve, within,
+    LONG, assert_converges, connect, disconnected, entries, event, filled, follower, quick, report,
+    serve, within,
 };
 
 /// Without the hook's text on stderr.
@@ -139,13 +140,6 @@ impl Access for Broken<memory::MemoryAccess> {
     }
 }
 
-fn disconnected(event: &Event) -> Option<String> {
-    match event {
-        Event::Disconnected(why) => Some(why.clone()),
-        _ => None,
-    }
-}
-
 #[actix_rt::test]
 async fn a_middleman_of_the_server_that_panics_ends_its_connection_and_gives_its_diff_back() {
     let config = ServerConfig { diffs_at_once: 1, ..ServerConfig::default() };
@@ -191,9 +185,7 @@ async fn a_middleman_of_the_client_that_panics_is_replaced_and_resumes() {
 #[actix_rt::test]
 async fn a_server_whose_store_panics_when_it_is_read_ends_and_frees_its_address() {
     let store = Panics { inner: filled(10), ..Panics::default() };
-    let server = Server::start(ServerConfig::default(), store.clone()).unwrap();
-    let address = server.listen("127.0.0.1:0").unwrap();
-    server.ready().await.unwrap();
+    let (server, address) = serve(ServerConfig::default(), store.clone()).await;
     let client = follower(address, filled(5));
     let mut events = client.events().await.unwrap();
     store.get.store(true, Ordering::SeqCst);
@@ -216,9 +208,7 @@ async fn a_server_whose_store_panics_when_it_is_read_ends_and_frees_its_address(
 #[actix_rt::test]
 async fn half_a_batch_reaches_nobody() {
     let store = Panics { inner: filled(10), ..Panics::default() };
-    let server = Server::start(ServerConfig::default(), store.clone()).unwrap();
-    let address = server.listen("127.0.0.1:0").unwrap();
-    server.ready().await.unwrap();
+    let (server, address) = serve(ServerConfig::default(), store.clone()).await;
     let client = follower(address, MemoryStore::new());
     assert!(connect(&client).await.equal());
     let mut events = client.events().await.unwrap();
@@ -243,8 +233,7 @@ async fn pair(store: &Panics) -> (Server, std::net::SocketAddr, Client) {
     let verify_every = Some(Duration::from_millis(20));
     let config = ServerConfig { verify_every, ..ServerConfig::default() };
     let (server, address) = serve(config, filled(10)).await;
-    let access = TcpAccess::new(address.to_string());
-    let client = Client::start(quick(), store.clone(), access).unwrap();
+    let client = follower(address, store.clone());
     assert!(connect(&client).await.equal());
     (server, address, client)
 }

@@ -4,7 +4,8 @@ use tablecast::{Event, Key, MemoryStore, Server, ServerConfig, Value, Way};
 use tokio::sync::broadcast::Receiver;
 
 use crate::harness::{
-    Gate, Proxy, assert_converges, connect, event, filled, follower, key, report, serve, within,
+    Gate, Proxy, assert_converges, connect, disconnected, event, filled, follower, key, report,
+    serve, within,
 };
 
 /// While the follower is away, these keys are written, and as many others deleted.
@@ -49,10 +50,7 @@ async fn a_restarted_server_begins_a_new_history() {
     let mut events = client.events().await.unwrap();
     let old = client.status().await.unwrap().stream.unwrap();
     within(server.stop()).await;
-    let reason = event(&mut events, |event| match event {
-        Event::Disconnected(reason) => Some(reason.clone()),
-        _ => None,
-    });
+    let reason = event(&mut events, disconnected);
     assert_eq!(reason.await, "peer left: shutting down");
     assert!(!client.status().await.unwrap().connected);
     // The follower still has its table, and it can be read.

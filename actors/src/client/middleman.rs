@@ -299,8 +299,7 @@ impl Handler<Command> for Middleman {
             Command::Send(connection, message) => {
                 if let Some(link) = self.link(connection) {
                     if matches!(message, ToServer::SyncReq { .. }) {
-                        let framed = &link.framed;
-                        link.base = (framed.sent + framed.queued() as u64, framed.decoded());
+                        link.base = (link.framed.end(), link.framed.decoded());
                     }
                     link.framed.queue(wire::encode(&message));
                 }

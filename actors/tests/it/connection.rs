@@ -1,9 +1,22 @@
-//! The follower's end of a connection, by hand.
+//! A server on this thread, and the follower's end of a connection by hand.
 
+use tablecast_actors::ServerConfig;
+use tablecast_actors::access::memory::{self, MemoryAccess};
 use tablecast_actors::access::{Access, Stream};
 use tablecast_actors::protocol::wire::{self, HEADER_BYTES};
-use tablecast_actors::protocol::{Limits, ToClient, ToServer};
+use tablecast_actors::protocol::{Epoch, Limits, MemoryStore, Table, ToClient, ToServer};
+use tablecast_actors::server::{Endpoint, Ready};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
+/// A server of an empty table that is ready.
+pub(crate) async fn serve(config: ServerConfig) -> (Endpoint, MemoryAccess) {
+    let table = Table::open(MemoryStore::new(), Limits::default()).unwrap();
+    let endpoint = Endpoint::start_here(table, config);
+    let (listener, access) = memory::pair();
+    endpoint.listen(listener);
+    endpoint.server().send(Ready(Epoch::from_bytes([1; 16]))).await.unwrap();
+    (endpoint, access)
+}
 
 pub(crate) async fn subscribe(access: &impl Access) -> Box<dyn Stream> {
     let mut stream = access.connect().await.unwrap();

@@ -3,23 +3,18 @@
 use std::time::Duration;
 
 use tablecast_actors::ServerConfig;
-use tablecast_actors::access::memory;
-use tablecast_actors::protocol::{Change, Epoch, Limits, MemoryStore, Reason, Table, ToClient};
-use tablecast_actors::server::{Endpoint, Ready, Stop, Write};
+use tablecast_actors::protocol::{Change, Reason, ToClient};
+use tablecast_actors::server::{Stop, Write};
 
-use crate::connection::{read, subscribe};
+use crate::connection::{read, serve, subscribe};
 
 #[actix_rt::test]
 async fn who_does_not_read_in_time_is_told_where_the_history_ends() {
     tokio::time::pause();
-    let table = Table::open(MemoryStore::new(), Limits::default()).unwrap();
     let config = ServerConfig::default();
     let drain_timeout = config.drain_timeout;
-    let endpoint = Endpoint::start_here(table, config);
-    let (listener, access) = memory::pair();
-    endpoint.listen(listener);
+    let (endpoint, access) = serve(config).await;
     let server = endpoint.server();
-    server.send(Ready(Epoch::from_bytes([1; 16]))).await.unwrap();
     let mut stream = subscribe(&access).await;
     for _ in 0..10 {
         let change = Change::write("large", vec![7; 1 << 20]);

@@ -3,13 +3,11 @@
 use std::time::Duration;
 
 use tablecast_actors::ServerConfig;
-use tablecast_actors::access::{Access, memory};
-use tablecast_actors::protocol::{Epoch, Limits, MemoryStore, Table};
-use tablecast_actors::server::{Endpoint, Ready};
+use tablecast_actors::access::Access;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::time::Instant;
 
-use crate::connection::subscribe;
+use crate::connection::{serve, subscribe};
 
 const PAUSE: Duration = Duration::from_secs(3600);
 
@@ -17,12 +15,8 @@ const PAUSE: Duration = Duration::from_secs(3600);
 async fn who_comes_behind_them_waits_a_moment() {
     // An hour is over as soon as there is nothing else to do.
     tokio::time::pause();
-    let table = Table::open(MemoryStore::new(), Limits::default()).unwrap();
     let config = ServerConfig { stranger_pause: PAUSE, ..ServerConfig::default() };
-    let endpoint = Endpoint::start_here(table, config);
-    let (listener, access) = memory::pair();
-    endpoint.listen(listener);
-    endpoint.server().send(Ready(Epoch::from_bytes([1; 16]))).await.unwrap();
+    let (_endpoint, access) = serve(config).await;
 
     let waited = async || {
         let start = Instant::now();
