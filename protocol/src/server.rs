@@ -39,7 +39,8 @@
 //! 4. **Suppress at that moment, not before.** Between the reading and the sending the stream went on. What
 //!    is in `updated` is on the wire already, as new as the chunk or newer, so it is taken out.
 //!    With 3: what remains is a key that no change between q and here touched, with its value at q. That
-//!    is its value here.
+//!    is its value here. (What is in `updated` before the reading will be then, too: from time to time it is taken out
+//!    of what is left to be read.)
 //! 5. **One lane.** Repairs and live changes share the connection, so "on the wire before" is "applied
 //!    before". Recording ends with the last repair, not with the walk: step 4 needs it to the end.
 //! 6. **The end mark is the stream's place.** When the last repair is sent the server marks the log
@@ -1182,8 +1183,16 @@ impl Session {
     fn read_on(&mut self, diff: DiffId) {
         let fits = self.config.limits.frame_bytes.saturating_sub(limits::FRAME_OVERHEAD);
         let most = self.config.repair_bytes.min(fits);
+        let stays = self.broken.breaks(Mutation::PrunedPlaceStays);
+        let prune = !self.broken.breaks(Mutation::NoSuppression)
+            && !self.broken.breaks(Mutation::NoDeleteSuppression)
+            && !self.broken.breaks(Mutation::SuppressAtReading);
         let Some(at) = self.diff(diff) else { return };
         let Phase::Repair(repair) = &mut at.phase else { return };
+        if prune && let Some(pruned) = at.updated.prune(&mut repair.found, repair.next) {
+            repair.suppressed += pruned;
+            repair.next = if stays { repair.next } else { 0 };
+        }
         if repair.next < repair.found.len() {
             let (found, from) = (Arc::clone(&repair.found), repair.next);
             let busy = std::mem::take(&mut repair.held_bytes) > BUSY_BYTES;

@@ -1,5 +1,8 @@
 //! The keys that were updated while a diff runs.
 
+use std::sync::Arc;
+
+use crate::diff::Difference;
 use crate::table::Values;
 use crate::tree::{KeyHash, KeyPrefix};
 
@@ -15,12 +18,15 @@ pub(super) struct Updated {
     recent: Vec<KeyHash>,
     /// How many there were when they were last counted.
     counted: usize,
+    /// How many came since the last [`Updated::prune`].
+    added: usize,
 }
 
 impl Updated {
     /// These were updated, too.
     pub(super) fn extend(&mut self, keys: &[KeyHash]) {
         self.recent.extend_from_slice(keys);
+        self.added += keys.len();
     }
 
     /// Whether there are more than `limit` keys. Keys that were updated over and over are found to be the
@@ -30,8 +36,7 @@ impl Updated {
         if added <= limit.max(2 * self.counted) {
             return false;
         }
-        self.recent.extend(self.runs.drain(..).flatten());
-        self.sort();
+        self.merge();
         self.counted = self.runs.iter().map(Vec::len).sum();
         self.counted > limit
     }
@@ -43,6 +48,25 @@ impl Updated {
         values.writes.retain(|(hash, ..)| !self.contains(hash));
         values.deletes.retain(|prefix| !deletes || !self.any_covered(*prefix));
         (read - values.writes.len() - values.deletes.len()) as u64
+    }
+
+    /// Takes what was updated out of what is left to be read, behind `next`: it would be taken out when it has been read. How much
+    /// that was; `None` if it was not looked for: it costs a look at all that is left, and waits until as many keys came.
+    pub(super) fn prune(&mut self, found: &mut Arc<Difference>, next: usize) -> Option<u64> {
+        let left = found.len().saturating_sub(next);
+        if left == 0 || self.added < left {
+            return None;
+        }
+        self.added = 0;
+        self.merge();
+        // The Server has done with it, or is about to.
+        let found = Arc::make_mut(found);
+        let writes = found.writes.len();
+        found.writes.drain(..next.min(writes));
+        found.deletes.drain(..next.saturating_sub(writes));
+        found.writes.retain(|entry| !self.contains(entry.key_hash()));
+        found.deletes.retain(|prefix| !self.any_covered(*prefix));
+        Some((left - found.len()) as u64)
     }
 
     /// How many of these were not updated.
@@ -66,16 +90,49 @@ impl Updated {
         self.runs.push(run);
     }
 
+    /// Makes one run of all.
+    fn merge(&mut self) {
+        self.sort();
+        if self.runs.len() > 1 {
+            let mut all: Vec<KeyHash> = self.runs.drain(..).flatten().collect();
+            // It finds the runs, and merges them.
+            all.sort();
+            all.dedup();
+            self.runs.push(all);
+        }
+    }
+
     fn contains(&self, hash: &KeyHash) -> bool {
-        self.runs.iter().any(|run| run.binary_search(hash).is_ok())
+        self.runs.iter().any(|run| run.get(place(run, hash)) == Some(hash))
     }
 
     fn any_covered(&self, prefix: KeyPrefix) -> bool {
         self.runs.iter().any(|run| {
-            let first = run.partition_point(|hash| hash < prefix.first());
+            let first = place(run, prefix.first());
             run.get(first).is_some_and(|hash| prefix.covers(hash))
         })
     }
+}
+
+/// Where in a sorted run the first hash is that is not below this one. Hashes are spread evenly: it is looked for around where it
+/// would be if they were spread perfectly, which is off by the root of their number or so, in steps that double (interpolation
+/// and exponential search, Perl et al. 1978, Bentley and Yao 1976).
+fn place(run: &[KeyHash], hash: &KeyHash) -> usize {
+    let below = |at: usize| run.get(at).is_some_and(|other| other < hash);
+    let guess = (u128::from(hash.first_bits()) * run.len() as u128) >> 64;
+    let guess = usize::try_from(guess).unwrap_or(run.len());
+    let mut step = run.len().isqrt() / 2 + 1;
+    let (mut low, mut high) = (guess.saturating_sub(step), guess + step);
+    while low > 0 && !below(low) {
+        step *= 2;
+        low = low.saturating_sub(step);
+    }
+    while below(high) {
+        step *= 2;
+        high += step;
+    }
+    let between = run.get(low..high.min(run.len())).unwrap_or_default();
+    low + between.partition_point(|other| other < hash)
 }
 
 #[cfg(test)]
@@ -85,6 +142,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::tree::Entry;
 
     fn hash(number: u8) -> KeyHash {
         KeyHash::of(&[number])
@@ -112,6 +170,53 @@ mod tests {
                     prop_assert!(set.len() > 40);
                 }
                 prop_assert!(set.len() <= 80, "{} are held", set.len());
+            }
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn what_is_left_to_be_read_is_what_was_not_updated(
+            writes in proptest::collection::vec(0..60_u8, 0..20),
+            deletes in proptest::collection::vec(0..60_u8, 0..20),
+            next in any::<proptest::sample::Index>(),
+            keys in proptest::collection::vec(0..60_u8, 0..60),
+        ) {
+            let entry = |number: &u8| Entry::new(&[*number], b"");
+            let prefix = |number: &u8| KeyPrefix::new(&hash(*number).as_bytes()[..6]).unwrap();
+            let all = Difference {
+                writes: writes.iter().map(entry).collect(),
+                deletes: deletes.iter().map(prefix).collect(),
+            };
+            let next = next.index(all.len() + 1);
+            let left = all.len() - next;
+            let (mut updated, mut found) = (Updated::default(), Arc::new(all));
+            updated.extend(&keys.iter().map(|number| hash(*number)).collect::<Vec<_>>());
+            let pruned = updated.prune(&mut found, next);
+            prop_assert_eq!(pruned.is_some(), left > 0 && keys.len() >= left);
+            if let Some(pruned) = pruned {
+                let rest = |numbers: &[u8], from| {
+                    let rest = numbers.iter().skip(from).filter(|number| !keys.contains(number));
+                    rest.copied().collect::<Vec<_>>()
+                };
+                let deletes_from = next.saturating_sub(writes.len());
+                let (writes, deletes) = (rest(&writes, next), rest(&deletes, deletes_from));
+                prop_assert_eq!(&found.writes, &writes.iter().map(entry).collect::<Vec<_>>());
+                prop_assert_eq!(&found.deletes, &deletes.iter().map(prefix).collect::<Vec<_>>());
+                prop_assert_eq!(pruned, (left - found.len()) as u64);
+                // Nothing has come since.
+                prop_assert_eq!(updated.prune(&mut found, 0), None);
+            }
+        }
+
+        #[test]
+        fn the_place_is_that_of_a_binary_search(numbers in proptest::collection::vec(any::<u128>(), 0..80), bits in 0..128_u32) {
+            // Spread evenly, and crowded.
+            let hash = |number: u128| KeyHash::from_bytes((number >> bits).to_be_bytes());
+            let mut run: Vec<KeyHash> = numbers.iter().copied().map(hash).collect();
+            run.sort_unstable();
+            for number in numbers.iter().flat_map(|number| [*number, number.wrapping_add(1 << bits), !number]).map(hash) {
+                prop_assert_eq!(place(&run, &number), run.partition_point(|other| *other < number));
             }
         }
     }
