@@ -139,6 +139,8 @@ pub(crate) struct Ask {
     pub(crate) follower: FollowerId,
     pub(crate) diff: DiffId,
     pub(crate) question: Question,
+    /// When.
+    pub(crate) at: Instant,
 }
 
 #[derive(Debug)]
@@ -185,6 +187,8 @@ pub struct Server {
     followers: BTreeMap<FollowerId, Follower>,
     /// Where diffs run, `diffs_at_once` of them.
     places: Places,
+    /// It is looked again who is next when a place has rested.
+    resting: bool,
     awaiting: Vec<oneshot::Sender<Option<Position>>>,
     changes: broadcast::Sender<Applied>,
     refused: u64,
@@ -218,6 +222,7 @@ impl Server {
             log: SharedLog(Arc::new(Mutex::new(log))),
             followers: BTreeMap::new(),
             places: Places::new(config.diffs_at_once, config.diff_rest),
+            resting: false,
             awaiting: Vec::new(),
             changes: broadcast::channel(config.event_capacity.max(1)).0,
             refused: 0,
@@ -269,20 +274,29 @@ impl Server {
     }
 
     /// Lets waiting diffs run while there are places.
-    fn admit(&mut self) {
+    fn admit(&mut self, ctx: &mut Context<Self>) {
         while let Some((follower, diff)) = self.places.admit() {
             self.reply(follower, Reply::Admitted(diff));
         }
+        if let Some(at) = self.places.rested()
+            && !self.resting
+        {
+            self.resting = true;
+            ctx.run_later(at - Instant::now(), |server, ctx| {
+                server.resting = false;
+                server.admit(ctx);
+            });
+        }
     }
 
-    fn end_diffs(&mut self, over: impl Fn(FollowerId, DiffId) -> bool) {
+    fn end_diffs(&mut self, over: impl Fn(FollowerId, DiffId) -> bool, ctx: &mut Context<Self>) {
         for (follower, diff) in self.places.end(over) {
             self.log.lock().unmark(follower, diff);
             if let Some(follower) = self.followers.get_mut(&follower) {
                 follower.turn = self.places.turn(Some(Instant::now()));
             }
         }
-        self.admit();
+        self.admit(ctx);
     }
 
     /// Takes the places of diffs that have had theirs for long, as many as others wait for.
@@ -551,8 +565,9 @@ impl Handler<Connect> for Server {
 impl Handler<Ask> for Server {
     type Result = ();
 
-    fn handle(&mut self, ask: Ask, _: &mut Context<Self>) {
-        let Ask { follower, diff, question } = ask;
+    fn handle(&mut self, ask: Ask, ctx: &mut Context<Self>) {
+        let Ask { follower, diff, question, at } = ask;
+        self.places.waited(at.elapsed());
         let Some(Follower { turn, .. }) = self.followers.get(&follower) else { return };
         match question {
             Question::Admit if self.places.waiting() >= self.config.diffs_waiting => {
@@ -560,7 +575,7 @@ impl Handler<Ask> for Server {
             }
             Question::Admit => {
                 self.places.wait(follower, diff, *turn);
-                self.admit();
+                self.admit(ctx);
             }
             Question::Snapshot => {
                 self.reply(follower, Reply::Snapshot(diff, self.table.tree().clone()));
@@ -579,7 +594,7 @@ impl Handler<Ask> for Server {
                 };
                 self.reply(follower, Reply::Mark(diff, head, self.table.tree().clone()));
             }
-            Question::End => self.end_diffs(|f, d| (f, d) == (follower, diff)),
+            Question::End => self.end_diffs(|f, d| (f, d) == (follower, diff), ctx),
         }
     }
 }
@@ -618,7 +633,7 @@ impl Handler<Gone> for Server {
 
     fn handle(&mut self, Gone(follower): Gone, ctx: &mut Context<Self>) {
         self.followers.remove(&follower);
-        self.end_diffs(|f, _| f == follower);
+        self.end_diffs(|f, _| f == follower, ctx);
         self.stop_if_alone(ctx);
     }
 }

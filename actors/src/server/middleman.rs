@@ -161,7 +161,8 @@ impl Middleman {
     }
 
     fn ask(&self, diff: DiffId, question: Question) {
-        self.shared.server.do_send(Ask { follower: self.follower, diff, question });
+        let at = Instant::now();
+        self.shared.server.do_send(Ask { follower: self.follower, diff, question, at });
     }
 
     fn update_status(&self, update: impl FnOnce(&mut FollowerStatus)) {

@@ -10,11 +10,19 @@ use tokio::time::Instant;
 ///
 /// The follower whose last diff, or connect, is longest ago is next. Those whose last diff ended just now share one
 /// place, so that however many ask over and over leave the others to whoever needs them.
+///
+/// While the server is busy there is one place for all, and behind each diff it stays free for as long as that took, or, if it was
+/// of one who shares a place, for [`BUSY_REST`] times as long. Busy is a server whose questions wait in its mailbox: what tells a
+/// queue that stands from one that comes and goes is how long things are in it (CoDel, RFC 8289).
 #[derive(Debug)]
 pub(super) struct Places {
     places: usize,
     /// For how long behind a diff its follower is one of those that share a place.
     rest: Duration,
+    /// How long a question waits in the mailbox, smoothed; `None` before the first one.
+    waited: Option<Duration>,
+    /// When the next diff may run beside a busy server.
+    rested: Instant,
     running: Vec<Running>,
     /// The lowest is next.
     waiting: BTreeSet<(u64, FollowerId, DiffId)>,
@@ -22,6 +30,12 @@ pub(super) struct Places {
     waiting_again: BTreeSet<(u64, FollowerId, DiffId)>,
     last_turn: u64,
 }
+
+/// Questions that wait for so long wait behind others. One that wakes the server up waits for microseconds.
+const BUSY_WAIT: Duration = Duration::from_millis(2);
+
+/// How many times as long as a diff took no other one runs beside a busy server, if its follower asks over and over.
+const BUSY_REST: u32 = 3;
 
 /// When a follower is next: given to it when it connects, and when a diff of it ends.
 #[derive(Clone, Copy, Debug)]
@@ -45,11 +59,23 @@ impl Places {
         Self {
             places: places.max(1),
             rest,
+            waited: None,
+            rested: Instant::now(),
             running: Vec::new(),
             waiting: BTreeSet::new(),
             waiting_again: BTreeSet::new(),
             last_turn: 0,
         }
+    }
+
+    /// A question of a diff was so long in the mailbox.
+    pub(super) fn waited(&mut self, wait: Duration) {
+        // As round trips are smoothed (RFC 6298).
+        self.waited = Some(self.waited.map_or(wait, |before| (before * 7 + wait) / 8));
+    }
+
+    fn is_busy(&self) -> bool {
+        self.waited.is_some_and(|waited| waited > BUSY_WAIT)
     }
 
     /// How many diffs run.
@@ -75,9 +101,17 @@ impl Places {
         waiting.insert((turn.number, follower, diff));
     }
 
+    /// When to ask again who is next, if nothing happens before.
+    pub(super) fn rested(&self) -> Option<Instant> {
+        let rests = self.is_busy() && self.running.is_empty() && self.waiting() > 0;
+        Some(self.rested).filter(|_| rests)
+    }
+
     /// Gives a place to the diff that is next, if there is one.
     pub(super) fn admit(&mut self) -> Option<(FollowerId, DiffId)> {
-        if self.running.len() >= self.places {
+        let busy = self.is_busy();
+        let places = if busy { 1 } else { self.places };
+        if self.running.len() >= places || busy && self.rested > Instant::now() {
             return None;
         }
         let free = !self.running.iter().any(|running| running.again);
@@ -99,6 +133,11 @@ impl Places {
         self.waiting.retain(waits);
         self.waiting_again.retain(waits);
         let ended = self.running.extract_if(.., |running| over(running.follower, running.diff));
+        let rested = &mut self.rested;
+        let ended = ended.inspect(|running| {
+            let times = if running.again { BUSY_REST } else { 1 };
+            *rested = Instant::now() + running.since.elapsed() * times;
+        });
         ended.map(|running| (running.follower, running.diff)).collect()
     }
 
@@ -160,6 +199,43 @@ mod tests {
         places.end(|follower, _| follower.0 == 2);
         assert_eq!(admitted(&mut places), [3]);
         assert_eq!((places.running(), places.waiting()), (3, 3));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn beside_a_busy_server_one_diff_runs_and_then_none_for_a_while() {
+        let second = Duration::from_secs(1);
+        let mut places = Places::new(3, LONG);
+        let measured = |places: &mut Places, wait| (0..20).for_each(|_| places.waited(wait));
+        let wait = |places: &mut Places, follower, ended| {
+            let turn = places.turn(ended);
+            places.wait(FollowerId(follower), DIFF, turn);
+        };
+        measured(&mut places, 2 * BUSY_WAIT);
+        (1..=3).for_each(|follower| wait(&mut places, follower, None));
+        assert_eq!((admitted(&mut places), places.rested()), (vec![1], None));
+        tokio::time::advance(second).await;
+        places.end(|follower, _| follower.0 == 1);
+        assert_eq!(admitted(&mut places), []);
+        assert_eq!(places.rested(), Some(Instant::now() + second));
+        tokio::time::advance(second).await;
+        assert_eq!(admitted(&mut places), [2]);
+        // It is busy no more.
+        measured(&mut places, Duration::ZERO);
+        assert_eq!(admitted(&mut places), [3]);
+        places.end(|_, _| true);
+
+        measured(&mut places, 2 * BUSY_WAIT);
+        (1..=2).for_each(|follower| wait(&mut places, follower, Some(Instant::now())));
+        tokio::time::advance(second).await;
+        assert_eq!(admitted(&mut places), [1]);
+        tokio::time::advance(second).await;
+        places.end(|follower, _| follower.0 == 1);
+        assert_eq!(places.rested(), Some(Instant::now() + BUSY_REST * second));
+        tokio::time::advance(2 * second).await;
+        assert_eq!(admitted(&mut places), []);
+        tokio::time::advance(second).await;
+        assert_eq!(admitted(&mut places), [2]);
+        assert_eq!(places.rested(), None);
     }
 
     #[test]
