@@ -5,9 +5,9 @@ use std::sync::Arc;
 
 use crate::change::{Change, Key, Value};
 use crate::position::Digest;
-use crate::store::{Reader, Store, StoreError};
+use crate::store::{Reader, Store, StoreError, head};
 use crate::table::{apply_to_tree, build};
-use crate::tree::{Entry, Tree};
+use crate::tree::{Entry, Hash, Tree};
 
 /// What the client owns, without the actor.
 ///
@@ -113,10 +113,11 @@ pub struct Correction {
 }
 
 /// Compares a tree with what the store holds, at one moment: what was changed behind the table's back.
-/// Answers at most `max` keys, and why it could not read on, if it could not.
+/// Answers at most `max` keys, and why it could not read on, if it could not, or what it read was not in the order of the keys.
 ///
 /// Roots are computed from the tree, so they do not notice what happens to values in the store. This
-/// is the scrub of storage systems. Costs a hash of every value and 8 bytes of memory a key.
+/// is the scrub of storage systems. Costs a hash of every value and 32 bytes of memory a key: the tree's entries are brought into
+/// the order of the store's, which costs less than looking each of these up, a cache miss or two each.
 ///
 /// ```
 /// use tablecast_protocol::{Change, MemoryStore, Reader, Replica, Store, scrub};
@@ -135,29 +136,88 @@ pub fn scrub(
     max: usize,
 ) -> (Vec<Correction>, Option<StoreError>) {
     let mut found = Vec::new();
-    let mut seen = Vec::with_capacity(tree.len());
+    let mut push = |correction| {
+        if found.len() < max {
+            found.push(correction);
+        }
+    };
+    let gone = |entry: &Entry| Correction { key: Key::copy_from_slice(entry.key()), entry: None };
+    let mut expected: Vec<(u128, &Entry)> =
+        tree.iter().map(|entry| (head(entry.key()), entry)).collect();
+    expected.sort_unstable_by(|(a, entry), (b, other)| {
+        a.cmp(b).then_with(|| entry.key().cmp(other.key()))
+    });
+    let mut expected = expected.into_iter().map(|(_, entry)| entry).peekable();
+    let mut last: Option<Key> = None;
     for entry in entries {
         let (key, value) = match entry {
             Ok(entry) => entry,
             Err(error) => return (found, Some(error)),
         };
-        let entry = Entry::new(&key, &value);
-        let expected = tree.get_hashed(entry.key_hash(), &key);
-        if expected.is_some() {
-            // Two keys that collide here hide one that is gone, until the next diff.
-            seen.push(entry.key_hash().first_bits());
+        if last.is_some_and(|last| last >= key) {
+            return (found, Some(StoreError::new("its keys are not in order")));
         }
-        if expected.map(Entry::hash) != Some(entry.hash()) && found.len() < max {
-            found.push(Correction { key, entry: Some(entry) });
+        while let Some(entry) = expected.next_if(|entry| *entry.key() < *key) {
+            push(gone(entry));
         }
+        let entry = expected.next_if(|entry| *entry.key() == *key);
+        if entry.map(Entry::hash) != Some(&Hash::of_entry(&key, &value)) {
+            push(Correction { key: key.clone(), entry: Some(Entry::new(&key, &value)) });
+        }
+        last = Some(key);
     }
-    if seen.len() < tree.len() {
-        seen.sort_unstable();
-        let gone =
-            tree.iter().filter(|entry| seen.binary_search(&entry.key_hash().first_bits()).is_err());
-        let key = |entry: &Entry| Key::copy_from_slice(entry.key());
-        let room = max.saturating_sub(found.len());
-        found.extend(gone.take(room).map(|entry| Correction { key: key(entry), entry: None }));
-    }
+    expected.for_each(|entry| push(gone(entry)));
     (found, None)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// Keys that are the same in their first bytes, or one the other with zeros behind it.
+    fn entries() -> impl Strategy<Value = BTreeMap<Key, Value>> {
+        let key = (0..3_u8, 0..20_usize).prop_map(|(last, length)| {
+            let mut key = vec![0; length];
+            key.extend([last].iter().filter(|last| **last > 0));
+            Key::from(key)
+        });
+        let value = (0..2_u8).prop_map(|value| Value::from(vec![value]));
+        proptest::collection::btree_map(key, value, 0..40)
+    }
+
+    proptest! {
+        #[test]
+        fn a_scrub_finds_what_is_not_as_the_tree_says(tree in entries(), store in entries(), max in 0..50_usize) {
+            let expected: Vec<Correction> = tree.keys().chain(store.keys())
+                .collect::<std::collections::BTreeSet<_>>().into_iter()
+                .filter(|key| tree.get(*key) != store.get(*key))
+                .map(|key| Correction {
+                    key: key.clone(),
+                    entry: store.get(key).map(|value| Entry::new(key, value)),
+                })
+                .take(max)
+                .collect();
+            let tree = Tree::build(tree);
+            let (found, error) = scrub(&tree, store.into_iter().map(Ok), max);
+            prop_assert!(error.is_none());
+            prop_assert_eq!(found, expected);
+        }
+    }
+
+    #[test]
+    fn a_store_that_is_not_in_order_is_an_error() {
+        let entry = |key: &'static str| Ok((Key::from(key), Value::new()));
+        for keys in [["b", "a"], ["a", "a"]] {
+            let (found, error) = scrub(&Tree::new(), keys.map(entry).into_iter(), 10);
+            assert_eq!(found.len(), 1);
+            assert_eq!(
+                error.map(|error| error.to_string()).as_deref(),
+                Some("store: its keys are not in order")
+            );
+        }
+    }
 }
