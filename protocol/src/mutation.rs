@@ -23,8 +23,8 @@ pub enum Mutation {
     NoDeleteSuppression,
     /// Leave out what is updated when a repair is read, not when it is sent.
     SuppressAtReading,
-    /// Leave out as many keys as were read before when what is left to be read has been cut down.
-    PrunedPlaceStays,
+    /// Leave out the first key of each part of what is read.
+    PartCutShort,
     /// Say that a diff is done before the stream stands at its mark.
     EndMarkOvertakes,
     /// Send what is behind the mark of a diff before saying that it is done.

@@ -39,8 +39,7 @@
 //! 4. **Suppress at that moment, not before.** Between the reading and the sending the stream went on. What
 //!    is in `updated` is on the wire already, as new as the chunk or newer, so it is taken out.
 //!    With 3: what remains is a key that no change between q and here touched, with its value at q. That
-//!    is its value here. (What is in `updated` before the reading will be then, too: from time to time it is taken out
-//!    of what is left to be read.)
+//!    is its value here. (What is in `updated` before it is read will be then, too, and is not read.)
 //! 5. **One lane.** Repairs and live changes share the connection, so "on the wire before" is "applied
 //!    before". Recording ends with the last repair, not with the walk: step 4 needs it to the end.
 //! 6. **The end mark is the stream's place.** When the last repair is sent the server marks the log
@@ -139,6 +138,10 @@ const BUSY_BYTES: usize = 16 << 10;
 /// read, and the smallest to which a slow follower brings it.
 const FIRST_REPAIR_BYTES: usize = 8 << 10;
 const LEAST_REPAIR_BYTES: usize = 4 << 10;
+
+/// A part of what a walk found has a key for each so many bytes of a repair: some readings, so that few of them are short, and
+/// little of it is updated before it is read.
+const PART_BYTES: usize = 8;
 
 /// How long a follower may take to apply a repair before the next ones are smaller. What is written
 /// meanwhile waits for as many of them as are on their way. This is what is known of delay-based
@@ -265,8 +268,12 @@ enum Phase {
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 struct Repair {
-    found: Arc<Difference>,
-    /// Where the next reading begins.
+    found: Difference,
+    /// How many of it have been looked at.
+    looked_at: usize,
+    /// A part of it, without what was updated by then: what is read.
+    part: Arc<Difference>,
+    /// Where in the part the next reading begins.
     next: usize,
     /// How large the next one is.
     max_bytes: usize,
@@ -281,6 +288,25 @@ struct Repair {
 }
 
 impl Repair {
+    /// Of what the walk found, the next part that is to be read, when the last one has been. It may be empty: so much is looked at
+    /// in one go, and no more.
+    fn look_on(&mut self, updated: &mut Updated, broken: Broken) {
+        if self.next < self.part.len() {
+            return;
+        }
+        let early = !broken.breaks(Mutation::NoSuppression)
+            && !broken.breaks(Mutation::NoDeleteSuppression)
+            && !broken.breaks(Mutation::SuppressAtReading);
+        let many = (self.max_bytes / PART_BYTES).max(1);
+        let nothing = &mut Updated::default();
+        let updated = if early { updated } else { nothing };
+        let (part, to) = updated.skim(&self.found, self.looked_at, many);
+        self.suppressed += (to - self.looked_at - part.len()) as u64;
+        self.looked_at = to;
+        self.part = Arc::new(part);
+        self.next = if broken.breaks(Mutation::PartCutShort) { 1 } else { 0 };
+    }
+
     /// One took so long.
     fn applied(&mut self, took: Duration, most: usize) {
         if took > REPAIR_TIME {
@@ -329,7 +355,7 @@ pub enum Event {
     Read {
         /// Of which diff.
         diff: DiffId,
-        /// What the walk found.
+        /// A part of what the walk found.
         found: Arc<Difference>,
         /// Where to begin.
         from: usize,
@@ -767,7 +793,7 @@ impl Session {
     pub fn handle_step(&mut self, diff: DiffId, step: Step) {
         let ends = self.broken.breaks(Mutation::RecordingEndsWithWalk);
         let hold = !self.broken.breaks(Mutation::HeldRepairsSent);
-        let turn = self.sent();
+        let (turn, broken) = (self.sent(), self.broken);
         let Some(at) = self.diff(diff) else { return };
         let diff = at.id;
         let Phase::Walk { asked } = &mut at.phase else { return };
@@ -782,8 +808,10 @@ impl Session {
                 (at.served.writes, at.served.deletes) = (writes, deletes);
                 let held = hold && deletes > at.max_deletes;
                 at.recording = !ends;
-                at.phase = Phase::Repair(Repair {
-                    found: Arc::new(found),
+                let mut repair = Repair {
+                    found,
+                    looked_at: 0,
+                    part: Arc::default(),
                     next: 0,
                     max_bytes: FIRST_REPAIR_BYTES,
                     ready: None,
@@ -791,7 +819,9 @@ impl Session {
                     turn,
                     suppressed: 0,
                     failed: BTreeSet::new(),
-                });
+                };
+                repair.look_on(&mut at.updated, broken);
+                at.phase = Phase::Repair(repair);
                 self.control.push_back(ToClient::SyncSeq { diff, writes, deletes });
                 if held {
                     self.abort(diff, AbortReason::Held);
@@ -818,7 +848,8 @@ impl Session {
 
     /// What the server read for a repair.
     pub fn handle_values(&mut self, diff: DiffId, mut values: Values) {
-        let early = self.broken.breaks(Mutation::SuppressAtReading);
+        let broken = self.broken;
+        let early = broken.breaks(Mutation::SuppressAtReading);
         if let Some(at) = self.diff(diff)
             && let Phase::Repair(repair) = &mut at.phase
             && repair.ready.is_none()
@@ -830,6 +861,8 @@ impl Session {
                 repair.suppressed += at.updated.suppress(&mut values, true);
             }
             repair.ready = Some(values);
+            // Here and not where the next reading is asked for, which is beside the log.
+            repair.look_on(&mut at.updated, broken);
         }
     }
 
@@ -1183,18 +1216,10 @@ impl Session {
     fn read_on(&mut self, diff: DiffId) {
         let fits = self.config.limits.frame_bytes.saturating_sub(limits::FRAME_OVERHEAD);
         let most = self.config.repair_bytes.min(fits);
-        let stays = self.broken.breaks(Mutation::PrunedPlaceStays);
-        let prune = !self.broken.breaks(Mutation::NoSuppression)
-            && !self.broken.breaks(Mutation::NoDeleteSuppression)
-            && !self.broken.breaks(Mutation::SuppressAtReading);
         let Some(at) = self.diff(diff) else { return };
         let Phase::Repair(repair) = &mut at.phase else { return };
-        if prune && let Some(pruned) = at.updated.prune(&mut repair.found, repair.next) {
-            repair.suppressed += pruned;
-            repair.next = if stays { repair.next } else { 0 };
-        }
-        if repair.next < repair.found.len() {
-            let (found, from) = (Arc::clone(&repair.found), repair.next);
+        if repair.next < repair.part.len() || repair.looked_at < repair.found.len() {
+            let (found, from) = (Arc::clone(&repair.part), repair.next);
             let busy = std::mem::take(&mut repair.held_bytes) > BUSY_BYTES;
             let most = if busy { most.min(FIRST_REPAIR_BYTES) } else { most };
             let max_bytes = repair.max_bytes.min(most);

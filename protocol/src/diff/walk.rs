@@ -115,13 +115,12 @@ impl Walk {
             below: Vec::new(),
             found: Difference::default(),
         };
-        if walk.tree.root() != root {
-            if len == 0 {
-                let Self { tree, found, .. } = &mut walk;
-                found.writes.extend(tree.iter().cloned());
-            } else {
-                walk.asked.push(Path::ROOT);
-            }
+        if len == 0 {
+            // Without a root, for which all that changed would be hashed.
+            let Self { tree, found, .. } = &mut walk;
+            found.writes.extend(tree.iter().cloned());
+        } else if walk.tree.root() != root {
+            walk.asked.push(Path::ROOT);
         }
         let step = walk.step();
         (walk, step)

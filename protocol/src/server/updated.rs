@@ -1,7 +1,5 @@
 //! The keys that were updated while a diff runs.
 
-use std::sync::Arc;
-
 use crate::diff::Difference;
 use crate::table::Values;
 use crate::tree::{KeyHash, KeyPrefix};
@@ -18,15 +16,12 @@ pub(super) struct Updated {
     recent: Vec<KeyHash>,
     /// How many there were when they were last counted.
     counted: usize,
-    /// How many came since the last [`Updated::prune`].
-    added: usize,
 }
 
 impl Updated {
     /// These were updated, too.
     pub(super) fn extend(&mut self, keys: &[KeyHash]) {
         self.recent.extend_from_slice(keys);
-        self.added += keys.len();
     }
 
     /// Whether there are more than `limit` keys. Keys that were updated over and over are found to be the
@@ -36,7 +31,8 @@ impl Updated {
         if added <= limit.max(2 * self.counted) {
             return false;
         }
-        self.merge();
+        self.recent.extend(self.runs.drain(..).flatten());
+        self.sort();
         self.counted = self.runs.iter().map(Vec::len).sum();
         self.counted > limit
     }
@@ -50,23 +46,31 @@ impl Updated {
         (read - values.writes.len() - values.deletes.len()) as u64
     }
 
-    /// Takes what was updated out of what is left to be read, behind `next`: it would be taken out when it has been read. How much
-    /// that was; `None` if it was not looked for: it costs a look at all that is left, and waits until as many keys came.
-    pub(super) fn prune(&mut self, found: &mut Arc<Difference>, next: usize) -> Option<u64> {
-        let left = found.len().saturating_sub(next);
-        if left == 0 || self.added < left {
-            return None;
+    /// The next `many` of what a walk found, from number `from` on, without those that were updated, which would be taken out when
+    /// they have been read; and up to where it was looked at, which is four times as many at the most.
+    pub(super) fn skim(
+        &mut self,
+        found: &Difference,
+        from: usize,
+        many: usize,
+    ) -> (Difference, usize) {
+        self.sort();
+        let (mut part, mut to) = (Difference::default(), from);
+        while part.len() < many && to - from < 4 * many {
+            if let Some(entry) = found.writes.get(to) {
+                if !self.contains(entry.key_hash()) {
+                    part.writes.push(entry.clone());
+                }
+            } else if let Some(prefix) = found.deletes.get(to - found.writes.len()) {
+                if !self.any_covered(*prefix) {
+                    part.deletes.push(*prefix);
+                }
+            } else {
+                break;
+            }
+            to += 1;
         }
-        self.added = 0;
-        self.merge();
-        // The Server has done with it, or is about to.
-        let found = Arc::make_mut(found);
-        let writes = found.writes.len();
-        found.writes.drain(..next.min(writes));
-        found.deletes.drain(..next.saturating_sub(writes));
-        found.writes.retain(|entry| !self.contains(entry.key_hash()));
-        found.deletes.retain(|prefix| !self.any_covered(*prefix));
-        Some((left - found.len()) as u64)
+        (part, to)
     }
 
     /// How many of these were not updated.
@@ -88,18 +92,6 @@ impl Updated {
         }
         run.dedup();
         self.runs.push(run);
-    }
-
-    /// Makes one run of all.
-    fn merge(&mut self) {
-        self.sort();
-        if self.runs.len() > 1 {
-            let mut all: Vec<KeyHash> = self.runs.drain(..).flatten().collect();
-            // It finds the runs, and merges them.
-            all.sort();
-            all.dedup();
-            self.runs.push(all);
-        }
     }
 
     fn contains(&self, hash: &KeyHash) -> bool {
@@ -176,37 +168,34 @@ mod tests {
 
     proptest! {
         #[test]
-        fn what_is_left_to_be_read_is_what_was_not_updated(
+        fn what_is_to_be_read_was_not_updated(
             writes in proptest::collection::vec(0..60_u8, 0..20),
             deletes in proptest::collection::vec(0..60_u8, 0..20),
-            next in any::<proptest::sample::Index>(),
+            many in 1..30_usize,
             keys in proptest::collection::vec(0..60_u8, 0..60),
         ) {
             let entry = |number: &u8| Entry::new(&[*number], b"");
             let prefix = |number: &u8| KeyPrefix::new(&hash(*number).as_bytes()[..6]).unwrap();
-            let all = Difference {
+            let found = Difference {
                 writes: writes.iter().map(entry).collect(),
                 deletes: deletes.iter().map(prefix).collect(),
             };
-            let next = next.index(all.len() + 1);
-            let left = all.len() - next;
-            let (mut updated, mut found) = (Updated::default(), Arc::new(all));
+            let mut updated = Updated::default();
             updated.extend(&keys.iter().map(|number| hash(*number)).collect::<Vec<_>>());
-            let pruned = updated.prune(&mut found, next);
-            prop_assert_eq!(pruned.is_some(), left > 0 && keys.len() >= left);
-            if let Some(pruned) = pruned {
-                let rest = |numbers: &[u8], from| {
-                    let rest = numbers.iter().skip(from).filter(|number| !keys.contains(number));
-                    rest.copied().collect::<Vec<_>>()
-                };
-                let deletes_from = next.saturating_sub(writes.len());
-                let (writes, deletes) = (rest(&writes, next), rest(&deletes, deletes_from));
-                prop_assert_eq!(&found.writes, &writes.iter().map(entry).collect::<Vec<_>>());
-                prop_assert_eq!(&found.deletes, &deletes.iter().map(prefix).collect::<Vec<_>>());
-                prop_assert_eq!(pruned, (left - found.len()) as u64);
-                // Nothing has come since.
-                prop_assert_eq!(updated.prune(&mut found, 0), None);
+            let (mut all, mut next) = (Difference::default(), 0);
+            while next < found.len() {
+                let (part, to) = updated.skim(&found, next, many);
+                prop_assert!(part.len() <= many && (next + 1..=next + 4 * many).contains(&to));
+                all.writes.extend(part.writes);
+                all.deletes.extend(part.deletes);
+                next = to;
             }
+            let others = |numbers: &[u8]| {
+                let others = numbers.iter().filter(|number| !keys.contains(number));
+                others.copied().collect::<Vec<_>>()
+            };
+            prop_assert_eq!(all.writes, others(&writes).iter().map(entry).collect::<Vec<_>>());
+            prop_assert_eq!(all.deletes, others(&deletes).iter().map(prefix).collect::<Vec<_>>());
         }
 
         #[test]

@@ -246,7 +246,7 @@ fn notices_most_other_mutations() {
     for mutation in [
         Mutation::NoDeleteSuppression,
         Mutation::SuppressAtReading,
-        Mutation::PrunedPlaceStays,
+        Mutation::PartCutShort,
         Mutation::EndMarkOvertakes,
         Mutation::LivePassesMark,
         Mutation::StaleRequest,
