@@ -19,9 +19,9 @@ pub struct ServerConfig {
     /// more is told that it fell behind, and is repaired by a diff.
     pub log_bytes: usize,
     /// How many diffs run at once: 4. Others wait: whose last diff, or connect, is longest ago is next, so that
-    /// a follower that asks over and over holds up nobody who does not. While what the Server is asked waits 2 ms or longer
-    /// behind writes, one runs at a time, and none for as long as the last one took (three times as long behind a follower that
-    /// rests, see `diff_rest`).
+    /// a follower that asks over and over holds up nobody who does not. While what the Server is asked waits for
+    /// more than 2 ms, they begin one after the other: a second behind the last one, or, if that has ended before, when it is over
+    /// for as long as it took (three times as long, if its follower asks over and over).
     pub diffs_at_once: usize,
     /// How long a diff keeps its place while others wait: 60 s. Then it is aborted as `Busy`, and asked for
     /// again behind the others; what it has repaired stays. Looked at once a second. (A diff in which nothing

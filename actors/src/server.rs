@@ -168,7 +168,7 @@ struct SetRoot(u64, Option<Hash>);
 pub(crate) struct Gone(pub(crate) FollowerId);
 
 /// The log, as Server and Middlemen share it. Locked for as long as it takes to append a chunk, or to copy
-/// some pointers to chunks.
+/// some pointers to chunks, and take out of a repair what was updated.
 #[derive(Clone, Debug)]
 pub(crate) struct SharedLog(Arc<Mutex<Log>>);
 
@@ -187,8 +187,6 @@ pub struct Server {
     followers: BTreeMap<FollowerId, Follower>,
     /// Where diffs run, `diffs_at_once` of them.
     places: Places,
-    /// It is looked again who is next when a place has rested.
-    resting: bool,
     awaiting: Vec<oneshot::Sender<Option<Position>>>,
     changes: broadcast::Sender<Applied>,
     refused: u64,
@@ -222,7 +220,6 @@ impl Server {
             log: SharedLog(Arc::new(Mutex::new(log))),
             followers: BTreeMap::new(),
             places: Places::new(config.diffs_at_once, config.diff_rest),
-            resting: false,
             awaiting: Vec::new(),
             changes: broadcast::channel(config.event_capacity.max(1)).0,
             refused: 0,
@@ -274,29 +271,20 @@ impl Server {
     }
 
     /// Lets waiting diffs run while there are places.
-    fn admit(&mut self, ctx: &mut Context<Self>) {
+    fn admit(&mut self) {
         while let Some((follower, diff)) = self.places.admit() {
             self.reply(follower, Reply::Admitted(diff));
         }
-        if let Some(at) = self.places.rested()
-            && !self.resting
-        {
-            self.resting = true;
-            ctx.run_later(at - Instant::now(), |server, ctx| {
-                server.resting = false;
-                server.admit(ctx);
-            });
-        }
     }
 
-    fn end_diffs(&mut self, over: impl Fn(FollowerId, DiffId) -> bool, ctx: &mut Context<Self>) {
+    fn end_diffs(&mut self, over: impl Fn(FollowerId, DiffId) -> bool) {
         for (follower, diff) in self.places.end(over) {
             self.log.lock().unmark(follower, diff);
             if let Some(follower) = self.followers.get_mut(&follower) {
                 follower.turn = self.places.turn(Some(Instant::now()));
             }
         }
-        self.admit(ctx);
+        self.admit();
     }
 
     /// Takes the places of diffs that have had theirs for long, as many as others wait for.
@@ -397,6 +385,8 @@ impl Actor for Server {
         ctx.spawn(Publish);
         ctx.run_interval(metrics::EVERY, |server, _| {
             server.record();
+            // It may be busy no more.
+            server.admit();
             server.end_turns();
         });
         if let Some(every) = self.config.verify_every {
@@ -406,7 +396,8 @@ impl Actor for Server {
     }
 }
 
-/// Runs after every emptied mailbox, for ever: whatever came in one go is one batch on the wire.
+/// Runs after every emptied mailbox, for ever: whatever came in one go is one batch on the wire, and diffs begin of which the time
+/// has come.
 struct Publish;
 
 impl ActorFuture<Server> for Publish {
@@ -419,6 +410,7 @@ impl ActorFuture<Server> for Publish {
         _: &mut task::Context<'_>,
     ) -> Poll<()> {
         server.publish();
+        server.admit();
         Poll::Pending
     }
 }
@@ -434,9 +426,10 @@ impl Handler<Write> for Server {
         }
         let position = self.table.position();
         self.tell_changes(changes, position.map(|position| position.revision));
-        // A writer without a pause must not keep the others waiting.
+        // A writer without a pause must not keep the others waiting, nor a diff that may begin by now.
         if self.table.has_chunk() {
             self.publish();
+            self.admit();
         }
         Ok(position.map_or(Written::Filled, Written::At))
     }
@@ -565,7 +558,7 @@ impl Handler<Connect> for Server {
 impl Handler<Ask> for Server {
     type Result = ();
 
-    fn handle(&mut self, ask: Ask, ctx: &mut Context<Self>) {
+    fn handle(&mut self, ask: Ask, _: &mut Context<Self>) {
         let Ask { follower, diff, question, at } = ask;
         self.places.waited(at.elapsed());
         let Some(Follower { turn, .. }) = self.followers.get(&follower) else { return };
@@ -575,7 +568,7 @@ impl Handler<Ask> for Server {
             }
             Question::Admit => {
                 self.places.wait(follower, diff, *turn);
-                self.admit(ctx);
+                self.admit();
             }
             Question::Snapshot => {
                 self.reply(follower, Reply::Snapshot(diff, self.table.tree().clone()));
@@ -594,7 +587,7 @@ impl Handler<Ask> for Server {
                 };
                 self.reply(follower, Reply::Mark(diff, head, self.table.tree().clone()));
             }
-            Question::End => self.end_diffs(|f, d| (f, d) == (follower, diff), ctx),
+            Question::End => self.end_diffs(|f, d| (f, d) == (follower, diff)),
         }
     }
 }
@@ -633,7 +626,7 @@ impl Handler<Gone> for Server {
 
     fn handle(&mut self, Gone(follower): Gone, ctx: &mut Context<Self>) {
         self.followers.remove(&follower);
-        self.end_diffs(|f, _| f == follower, ctx);
+        self.end_diffs(|f, _| f == follower);
         self.stop_if_alone(ctx);
     }
 }

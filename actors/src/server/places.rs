@@ -11,18 +11,19 @@ use tokio::time::Instant;
 /// The follower whose last diff, or connect, is longest ago is next. Those whose last diff ended just now share one
 /// place, so that however many ask over and over leave the others to whoever needs them.
 ///
-/// While the server is busy there is one place for all, and behind each diff it stays free for as long as that took, or, if it was
-/// of one who shares a place, for [`BUSY_REST`] times as long. Busy is a server whose questions wait in its mailbox: what tells a
+/// While the server is busy diffs begin one after the other: [`BUSY_PAUSE`] behind the last one, or, if that has ended before, when
+/// it is over for as long as it took; or [`BUSY_REST`] times as long, if it was of one who shares a place, of whom nobody has a turn
+/// before the others. (So one that takes long, of a follower behind a slow line, holds up nobody.) Busy is a server whose questions wait in its mailbox: what tells a
 /// queue that stands from one that comes and goes is how long things are in it (CoDel, RFC 8289).
 #[derive(Debug)]
 pub(super) struct Places {
     places: usize,
     /// For how long behind a diff its follower is one of those that share a place.
     rest: Duration,
-    /// How long a question waits in the mailbox, smoothed; `None` before the first one.
-    waited: Option<Duration>,
-    /// When the next diff may run beside a busy server.
-    rested: Instant,
+    /// How long a question waits in the mailbox, smoothed.
+    waited: Duration,
+    /// When the next diff may begin beside a busy server.
+    next: Instant,
     running: Vec<Running>,
     /// The lowest is next.
     waiting: BTreeSet<(u64, FollowerId, DiffId)>,
@@ -34,7 +35,10 @@ pub(super) struct Places {
 /// Questions that wait for so long wait behind others. One that wakes the server up waits for microseconds.
 const BUSY_WAIT: Duration = Duration::from_millis(2);
 
-/// How many times as long as a diff took no other one runs beside a busy server, if its follower asks over and over.
+/// How long no other diff begins behind the beginning of one, beside a busy server. One of 100,000 keys takes less.
+const BUSY_PAUSE: Duration = Duration::from_secs(1);
+
+/// How many times as long as a diff took no other one begins behind its end, if its follower asks over and over.
 const BUSY_REST: u32 = 3;
 
 /// When a follower is next: given to it when it connects, and when a diff of it ends.
@@ -59,8 +63,8 @@ impl Places {
         Self {
             places: places.max(1),
             rest,
-            waited: None,
-            rested: Instant::now(),
+            waited: Duration::ZERO,
+            next: Instant::now(),
             running: Vec::new(),
             waiting: BTreeSet::new(),
             waiting_again: BTreeSet::new(),
@@ -70,12 +74,13 @@ impl Places {
 
     /// A question of a diff was so long in the mailbox.
     pub(super) fn waited(&mut self, wait: Duration) {
-        // As round trips are smoothed (RFC 6298).
-        self.waited = Some(self.waited.map_or(wait, |before| (before * 7 + wait) / 8));
+        // As round trips are smoothed (RFC 6298). A long one tells no more than that there was one: a process may have been stopped.
+        let wait = wait.min(4 * BUSY_WAIT);
+        self.waited = (self.waited * 7 + wait) / 8;
     }
 
     fn is_busy(&self) -> bool {
-        self.waited.is_some_and(|waited| waited > BUSY_WAIT)
+        self.waited > BUSY_WAIT
     }
 
     /// How many diffs run.
@@ -101,26 +106,23 @@ impl Places {
         waiting.insert((turn.number, follower, diff));
     }
 
-    /// When to ask again who is next, if nothing happens before.
-    pub(super) fn rested(&self) -> Option<Instant> {
-        let rests = self.is_busy() && self.running.is_empty() && self.waiting() > 0;
-        Some(self.rested).filter(|_| rests)
-    }
-
     /// Gives a place to the diff that is next, if there is one.
     pub(super) fn admit(&mut self) -> Option<(FollowerId, DiffId)> {
-        let busy = self.is_busy();
-        let places = if busy { 1 } else { self.places };
-        if self.running.len() >= places || busy && self.rested > Instant::now() {
+        if self.running.len() >= self.places || self.waiting() == 0 {
+            return None;
+        }
+        let (now, busy) = (Instant::now(), self.is_busy());
+        if busy && self.next > now {
             return None;
         }
         let free = !self.running.iter().any(|running| running.again);
         let shared = self.waiting_again.first().filter(|_| free);
-        let again =
-            shared.is_some_and(|shared| self.waiting.first().is_none_or(|first| shared < first));
+        let again = shared
+            .is_some_and(|shared| self.waiting.first().is_none_or(|first| shared < first && !busy));
         let waiting = if again { &mut self.waiting_again } else { &mut self.waiting };
         let (_, follower, diff) = waiting.pop_first()?;
-        self.running.push(Running { follower, diff, since: Instant::now(), again });
+        self.running.push(Running { follower, diff, since: now, again });
+        self.next = now + BUSY_PAUSE;
         Some((follower, diff))
     }
 
@@ -133,18 +135,19 @@ impl Places {
         self.waiting.retain(waits);
         self.waiting_again.retain(waits);
         let ended = self.running.extract_if(.., |running| over(running.follower, running.diff));
-        let rested = &mut self.rested;
+        let next = &mut self.next;
         let ended = ended.inspect(|running| {
             let times = if running.again { BUSY_REST } else { 1 };
-            *rested = Instant::now() + running.since.elapsed() * times;
+            *next = Instant::now() + running.since.elapsed().min(BUSY_PAUSE) * times;
         });
         ended.map(|running| (running.follower, running.diff)).collect()
     }
 
-    /// Diffs that have run for this long, as many as others wait.
+    /// Diffs that have run for this long, as many as others wait, and could begin.
     pub(super) fn overdue(&self, long: Duration) -> impl Iterator<Item = (FollowerId, DiffId)> {
+        let most = if self.is_busy() { 1 } else { usize::MAX };
         let overdue = self.running.iter().filter(move |running| running.since.elapsed() >= long);
-        overdue.map(|running| (running.follower, running.diff)).take(self.waiting())
+        overdue.map(|running| (running.follower, running.diff)).take(self.waiting().min(most))
     }
 }
 
@@ -202,8 +205,8 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn beside_a_busy_server_one_diff_runs_and_then_none_for_a_while() {
-        let second = Duration::from_secs(1);
+    async fn beside_a_busy_server_diffs_begin_one_after_the_other() {
+        let tenth = BUSY_PAUSE / 10;
         let mut places = Places::new(3, LONG);
         let measured = |places: &mut Places, wait| (0..20).for_each(|_| places.waited(wait));
         let wait = |places: &mut Places, follower, ended| {
@@ -211,31 +214,38 @@ mod tests {
             places.wait(FollowerId(follower), DIFF, turn);
         };
         measured(&mut places, 2 * BUSY_WAIT);
-        (1..=3).for_each(|follower| wait(&mut places, follower, None));
-        assert_eq!((admitted(&mut places), places.rested()), (vec![1], None));
-        tokio::time::advance(second).await;
+        (1..=5).for_each(|follower| wait(&mut places, follower, None));
+        assert_eq!(admitted(&mut places), [1]);
+        // One that ends soon is over for as long as it took.
+        tokio::time::advance(tenth).await;
         places.end(|follower, _| follower.0 == 1);
         assert_eq!(admitted(&mut places), []);
-        assert_eq!(places.rested(), Some(Instant::now() + second));
-        tokio::time::advance(second).await;
+        tokio::time::advance(tenth).await;
         assert_eq!(admitted(&mut places), [2]);
+        // One that takes long holds up nobody, and is the only one to give way.
+        tokio::time::advance(BUSY_PAUSE).await;
+        assert_eq!(admitted(&mut places), [3]);
+        assert_eq!(places.overdue(Duration::ZERO).count(), 1);
         // It is busy no more.
         measured(&mut places, Duration::ZERO);
-        assert_eq!(admitted(&mut places), [3]);
+        assert_eq!(places.overdue(Duration::ZERO).count(), 2);
+        assert_eq!(admitted(&mut places), [4]);
         places.end(|_, _| true);
 
         measured(&mut places, 2 * BUSY_WAIT);
         (1..=2).for_each(|follower| wait(&mut places, follower, Some(Instant::now())));
-        tokio::time::advance(second).await;
+        tokio::time::advance(BUSY_PAUSE).await;
         assert_eq!(admitted(&mut places), [1]);
-        tokio::time::advance(second).await;
+        tokio::time::advance(tenth).await;
         places.end(|follower, _| follower.0 == 1);
-        assert_eq!(places.rested(), Some(Instant::now() + BUSY_REST * second));
-        tokio::time::advance(2 * second).await;
+        tokio::time::advance(2 * tenth).await;
         assert_eq!(admitted(&mut places), []);
-        tokio::time::advance(second).await;
+        // Who has just come is before those that ask over and over.
+        wait(&mut places, 3, None);
+        tokio::time::advance(tenth).await;
+        assert_eq!(admitted(&mut places), [3]);
+        tokio::time::advance(BUSY_PAUSE).await;
         assert_eq!(admitted(&mut places), [2]);
-        assert_eq!(places.rested(), None);
     }
 
     #[test]
