@@ -11,10 +11,11 @@ use tokio::time::Instant;
 /// The follower whose last diff, or connect, is longest ago is next. Those whose last diff ended just now share one
 /// place, so that however many ask over and over leave the others to whoever needs them.
 ///
-/// While the server is busy diffs begin one after the other: [`BUSY_PAUSE`] behind the last one, or, if that has ended before, when
-/// it is over for as long as it took; or [`BUSY_REST`] times as long, if it was of one who shares a place, of whom nobody has a turn
-/// before the others. (So one that takes long, of a follower behind a slow line, holds up nobody.) Busy is a server whose questions wait in its mailbox: what tells a
-/// queue that stands from one that comes and goes is how long things are in it (CoDel, RFC 8289).
+/// While the server is busy diffs begin one after the other: [`BUSY_PAUSE`] behind the beginning of the last one, or, if that
+/// has ended before, when it is over for as long as it took; [`BUSY_REST`] times as long, if it was of one who shares a place. (So
+/// one that takes long, of a follower behind a slow line, holds up nobody.) Who shares a place is behind the others then. Busy is
+/// a server whose questions wait in its mailbox: what tells a queue that stands from one that comes and goes is how long things
+/// are in it (CoDel, RFC 8289).
 #[derive(Debug)]
 pub(super) struct Places {
     places: usize,
