@@ -275,8 +275,9 @@ struct Repair {
     part: Arc<Difference>,
     /// Where in the part the next reading begins.
     next: usize,
-    /// How large the next one is.
+    /// How large the next one is, and may be.
     max_bytes: usize,
+    most_bytes: usize,
     /// Read, and waiting for its turn; `None` while a reading is under way.
     ready: Option<Values>,
     /// Bytes of live changes that went on the wire before it might.
@@ -308,12 +309,19 @@ impl Repair {
     }
 
     /// One took so long.
-    fn applied(&mut self, took: Duration, most: usize) {
+    fn applied(&mut self, took: Duration) {
         if took > REPAIR_TIME {
-            self.max_bytes = LEAST_REPAIR_BYTES.max(self.max_bytes / 2);
+            self.max_bytes = LEAST_REPAIR_BYTES.max(self.max_bytes / 2).min(self.most_bytes);
         } else if took < REPAIR_TIME / 2 {
-            self.max_bytes = most.min(self.max_bytes * 2);
+            self.max_bytes = self.most_bytes.min(self.max_bytes * 2);
         }
+    }
+
+    /// Those that are read next may be so large, and no larger beside a busy stream than the first one is.
+    fn limit(&mut self, most_bytes: usize) {
+        let busy = std::mem::take(&mut self.held_bytes) > BUSY_BYTES;
+        self.most_bytes = if busy { most_bytes.min(FIRST_REPAIR_BYTES) } else { most_bytes };
+        self.max_bytes = self.max_bytes.min(self.most_bytes);
     }
 }
 
@@ -628,7 +636,7 @@ impl Session {
                 if let State::Diff(at) = &mut state
                     && let Phase::Repair(repair) = &mut at.phase
                 {
-                    repair.applied(Duration::from_micros(micros.into()), self.config.repair_bytes);
+                    repair.applied(Duration::from_micros(micros.into()));
                 }
                 state
             }
@@ -793,7 +801,7 @@ impl Session {
     pub fn handle_step(&mut self, diff: DiffId, step: Step) {
         let ends = self.broken.breaks(Mutation::RecordingEndsWithWalk);
         let hold = !self.broken.breaks(Mutation::HeldRepairsSent);
-        let (turn, broken) = (self.sent(), self.broken);
+        let (turn, broken, most_bytes) = (self.sent(), self.broken, self.repair_bytes());
         let Some(at) = self.diff(diff) else { return };
         let diff = at.id;
         let Phase::Walk { asked } = &mut at.phase else { return };
@@ -813,7 +821,8 @@ impl Session {
                     looked_at: 0,
                     part: Arc::default(),
                     next: 0,
-                    max_bytes: FIRST_REPAIR_BYTES,
+                    max_bytes: FIRST_REPAIR_BYTES.min(most_bytes),
+                    most_bytes,
                     ready: None,
                     held_bytes: 0,
                     turn,
@@ -1212,17 +1221,21 @@ impl Session {
         self.read_on(diff);
     }
 
+    /// How large a repair is at most.
+    fn repair_bytes(&self) -> usize {
+        let fits = self.config.limits.frame_bytes.saturating_sub(limits::FRAME_OVERHEAD);
+        self.config.repair_bytes.min(fits)
+    }
+
     /// Asks for the next repairs, or for the mark when all have been sent.
     fn read_on(&mut self, diff: DiffId) {
-        let fits = self.config.limits.frame_bytes.saturating_sub(limits::FRAME_OVERHEAD);
-        let most = self.config.repair_bytes.min(fits);
+        let most_bytes = self.repair_bytes();
         let Some(at) = self.diff(diff) else { return };
         let Phase::Repair(repair) = &mut at.phase else { return };
         if repair.next < repair.part.len() || repair.looked_at < repair.found.len() {
+            repair.limit(most_bytes);
             let (found, from) = (Arc::clone(&repair.part), repair.next);
-            let busy = std::mem::take(&mut repair.held_bytes) > BUSY_BYTES;
-            let most = if busy { most.min(FIRST_REPAIR_BYTES) } else { most };
-            let max_bytes = repair.max_bytes.min(most);
+            let max_bytes = repair.max_bytes;
             self.events.push_back(Event::Read { diff, found, from, max_bytes });
         } else {
             // A value that could not be read is no loss if a live change of its key came by.
