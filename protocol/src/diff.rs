@@ -29,7 +29,6 @@ use serde::{Deserialize, Serialize};
 pub use walk::{Step, Walk};
 
 use crate::error::ProtocolError;
-use crate::store::head;
 use crate::tree::{Entry, Hash, KeyHash, KeyPrefix, LEAF_ENTRIES, Path};
 use crate::wire::Raw;
 
@@ -194,20 +193,32 @@ impl Difference {
     /// Brings the writes into the order of their keys, in which a store that is ordered is read, and the
     /// follower's written, from one end to the other.
     fn sort(&mut self) {
-        // What is sorted are 32 bytes an entry, and then each entry moves once.
-        let heads = self.writes.iter().map(|entry| head(entry.key()));
-        let mut places: Vec<(u128, usize)> = heads.zip(0..).collect();
-        places.sort_unstable();
-        let moved = |(_, at): (u128, usize)| self.writes.get(at).cloned();
-        self.writes = places.into_iter().filter_map(moved).collect();
-        if !self.writes.is_sorted_by(|a, b| a.key() <= b.key()) {
-            // Two keys agree in 16 bytes. Quick on what is all but sorted.
-            self.writes.sort_by(|a, b| a.key().cmp(b.key()));
-        }
+        self.writes.sort_unstable_by(|a, b| a.key().cmp(b.key()));
+    }
+
+    /// The last one to write, or to delete at when there is none to write any more. What is taken is given
+    /// back by halves: what is found may be a whole table.
+    pub(crate) fn pop(&mut self) -> Option<Found> {
+        let write = pop(&mut self.writes).map(Found::Write);
+        write.or_else(|| pop(&mut self.deletes).map(Found::Delete))
     }
 
     /// Whether the snapshots are equal.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
+}
+
+/// One of a [`Difference`].
+pub(crate) enum Found {
+    Write(Entry),
+    Delete(KeyPrefix),
+}
+
+fn pop<T>(all: &mut Vec<T>) -> Option<T> {
+    let last = all.pop();
+    if all.len() < all.capacity() / 2 {
+        all.shrink_to_fit();
+    }
+    last
 }

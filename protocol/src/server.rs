@@ -268,10 +268,9 @@ enum Phase {
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 struct Repair {
+    /// What has not been looked at.
     found: Difference,
-    /// How many of it have been looked at.
-    looked_at: usize,
-    /// A part of it, without what was updated by then: what is read.
+    /// A part of what was found, without what was updated by then: what is read.
     part: Arc<Difference>,
     /// Where in the part the next reading begins.
     next: usize,
@@ -301,9 +300,8 @@ impl Repair {
         let many = (self.max_bytes / PART_BYTES).max(1);
         let nothing = &mut Updated::default();
         let updated = if early { updated } else { nothing };
-        let (part, to) = updated.skim(&self.found, self.looked_at, many);
-        self.suppressed += (to - self.looked_at - part.len()) as u64;
-        self.looked_at = to;
+        let (part, others) = updated.skim(&mut self.found, many);
+        self.suppressed += others;
         self.part = Arc::new(part);
         self.next = if broken.breaks(Mutation::PartCutShort) { 1 } else { 0 };
     }
@@ -818,7 +816,6 @@ impl Session {
                 at.recording = !ends;
                 let mut repair = Repair {
                     found,
-                    looked_at: 0,
                     part: Arc::default(),
                     next: 0,
                     max_bytes: FIRST_REPAIR_BYTES.min(most_bytes),
@@ -1232,7 +1229,7 @@ impl Session {
         let most_bytes = self.repair_bytes();
         let Some(at) = self.diff(diff) else { return };
         let Phase::Repair(repair) = &mut at.phase else { return };
-        if repair.next < repair.part.len() || repair.looked_at < repair.found.len() {
+        if repair.next < repair.part.len() || !repair.found.is_empty() {
             repair.limit(most_bytes);
             let (found, from) = (Arc::clone(&repair.part), repair.next);
             let max_bytes = repair.max_bytes;

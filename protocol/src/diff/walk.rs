@@ -117,8 +117,9 @@ impl Walk {
         };
         if len == 0 {
             // Without a root, for which all that changed would be hashed.
-            let Self { tree, found, .. } = &mut walk;
-            found.writes.extend(tree.iter().cloned());
+            let tree = std::mem::take(&mut walk.tree);
+            walk.found.writes.reserve_exact(tree.len());
+            walk.found.writes.extend(tree.iter().cloned());
         } else if walk.tree.root() != root {
             walk.asked.push(Path::ROOT);
         }
@@ -175,6 +176,8 @@ impl Walk {
     fn step(&mut self) -> Step {
         let open = self.asked.get(self.answered..).unwrap_or_default();
         let Some(first) = open.first() else {
+            // Whoever writes copies what a snapshot holds.
+            self.tree = Tree::new();
             let mut found = std::mem::take(&mut self.found);
             found.sort();
             return Step::Done(found);

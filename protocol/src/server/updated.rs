@@ -1,6 +1,6 @@
 //! The keys that were updated while a diff runs.
 
-use crate::diff::Difference;
+use crate::diff::{Difference, Found};
 use crate::table::Values;
 use crate::tree::{KeyHash, KeyPrefix};
 
@@ -46,31 +46,28 @@ impl Updated {
         (read - values.writes.len() - values.deletes.len()) as u64
     }
 
-    /// The next `many` of what a walk found, from number `from` on, without those that were updated, which would be taken out when
-    /// they have been read; and up to where it was looked at, which is four times as many at the most.
-    pub(super) fn skim(
-        &mut self,
-        found: &Difference,
-        from: usize,
-        many: usize,
-    ) -> (Difference, usize) {
+    /// Takes from the end of what a walk found, until there are `many` that were not updated, or four times as many were
+    /// looked at; the others would be taken out when they have been read. Those, and how many others there were.
+    pub(super) fn skim(&mut self, found: &mut Difference, many: usize) -> (Difference, u64) {
         self.sort();
-        let (mut part, mut to) = (Difference::default(), from);
-        while part.len() < many && to - from < 4 * many {
-            if let Some(entry) = found.writes.get(to) {
-                if !self.contains(entry.key_hash()) {
-                    part.writes.push(entry.clone());
+        let (mut part, mut others) = (Difference::default(), 0);
+        for _ in 0..4 * many {
+            match found.pop() {
+                Some(Found::Write(entry)) if !self.contains(entry.key_hash()) => {
+                    part.writes.push(entry);
                 }
-            } else if let Some(prefix) = found.deletes.get(to - found.writes.len()) {
-                if !self.any_covered(*prefix) {
-                    part.deletes.push(*prefix);
+                Some(Found::Delete(prefix)) if !self.any_covered(prefix) => {
+                    part.deletes.push(prefix);
                 }
-            } else {
+                Some(_) => others += 1,
+                None => break,
+            }
+            if part.len() == many {
                 break;
             }
-            to += 1;
         }
-        (part, to)
+        part.writes.reverse();
+        (part, others)
     }
 
     /// How many of these were not updated.
@@ -176,20 +173,25 @@ mod tests {
         ) {
             let entry = |number: &u8| Entry::new(&[*number], b"");
             let prefix = |number: &u8| KeyPrefix::new(&hash(*number).as_bytes()[..6]).unwrap();
-            let found = Difference {
+            let mut found = Difference {
                 writes: writes.iter().map(entry).collect(),
                 deletes: deletes.iter().map(prefix).collect(),
             };
             let mut updated = Updated::default();
             updated.extend(&keys.iter().map(|number| hash(*number)).collect::<Vec<_>>());
-            let (mut all, mut next) = (Difference::default(), 0);
-            while next < found.len() {
-                let (part, to) = updated.skim(&found, next, many);
-                prop_assert!(part.len() <= many && (next + 1..=next + 4 * many).contains(&to));
-                all.writes.extend(part.writes);
+            let mut all = Difference::default();
+            while !found.is_empty() {
+                let before = found.len();
+                let (part, others) = updated.skim(&mut found, many);
+                let looked_at = before - found.len();
+                prop_assert!((1..=4 * many).contains(&looked_at));
+                prop_assert_eq!(part.len() as u64 + others, looked_at as u64);
+                prop_assert!(part.len() == many || looked_at == 4 * many || found.is_empty());
+                prop_assert!(found.writes.capacity() <= 2 * found.writes.len() + 1);
+                all.writes.splice(0..0, part.writes);
                 all.deletes.extend(part.deletes);
-                next = to;
             }
+            all.deletes.reverse();
             let others = |numbers: &[u8]| {
                 let others = numbers.iter().filter(|number| !keys.contains(number));
                 others.copied().collect::<Vec<_>>()
