@@ -12,10 +12,10 @@ use tokio::time::Instant;
 /// place, so that however many ask over and over leave the others to whoever needs them.
 ///
 /// While the server is busy diffs begin one after the other: [`BUSY_PAUSE`] behind the beginning of the last one, or, if that
-/// has ended before, when it is over for as long as it took; [`BUSY_REST`] times as long, if it was of one who shares a place. (So
-/// one that takes long, of a follower behind a slow line, holds up nobody.) Who shares a place is behind the others then. Busy is
-/// a server whose questions wait in its mailbox: what tells a queue that stands from one that comes and goes is how long things
-/// are in it (CoDel, RFC 8289).
+/// has ended before, when it is over for as long as it took. (So one that takes long, of a follower behind a slow line, holds up
+/// nobody.) Who shares a place is behind the others then, and begins when the last one of those who do is over for [`BUSY_REST`]
+/// times as long. Busy is a server whose questions wait in its mailbox: what tells a queue that stands from one that comes and goes
+/// is how long things are in it (CoDel, RFC 8289).
 #[derive(Debug)]
 pub(super) struct Places {
     places: usize,
@@ -23,8 +23,9 @@ pub(super) struct Places {
     rest: Duration,
     /// How long a question waits in the mailbox, smoothed.
     waited: Duration,
-    /// When the next diff may begin beside a busy server.
+    /// When the next diff may begin beside a busy server, and the next one of those that share a place, which is no earlier.
     next: Instant,
+    next_again: Instant,
     running: Vec<Running>,
     /// The lowest is next.
     waiting: BTreeSet<(u64, FollowerId, DiffId)>,
@@ -39,8 +40,9 @@ const BUSY_WAIT: Duration = Duration::from_millis(2);
 /// How long no other diff begins behind the beginning of one, beside a busy server. One of 100,000 keys takes less.
 const BUSY_PAUSE: Duration = Duration::from_secs(1);
 
-/// How many times as long as a diff took no other one begins behind its end, if its follower asks over and over.
-const BUSY_REST: u32 = 3;
+/// How many times as long as a diff of one who asks over and over took, [`BUSY_PAUSE`] at the most, no other one of those begins
+/// behind its end.
+const BUSY_REST: u32 = 8;
 
 /// When a follower is next: given to it when it connects, and when a diff of it ends.
 #[derive(Clone, Copy, Debug)]
@@ -66,6 +68,7 @@ impl Places {
             rest,
             waited: Duration::ZERO,
             next: Instant::now(),
+            next_again: Instant::now(),
             running: Vec::new(),
             waiting: BTreeSet::new(),
             waiting_again: BTreeSet::new(),
@@ -113,17 +116,17 @@ impl Places {
             return None;
         }
         let (now, busy) = (Instant::now(), self.is_busy());
-        if busy && self.next > now {
-            return None;
-        }
-        let free = !self.running.iter().any(|running| running.again);
+        let due = |next: Instant| !busy || next <= now;
+        let free = due(self.next_again) && !self.running.iter().any(|running| running.again);
+        let first = self.waiting.first().filter(|_| due(self.next));
         let shared = self.waiting_again.first().filter(|_| free);
-        let again = shared
-            .is_some_and(|shared| self.waiting.first().is_none_or(|first| shared < first && !busy));
+        let again = shared.is_some_and(|shared| first.is_none_or(|first| shared < first && !busy));
+        let (_, follower, diff) = *if again { shared } else { first }?;
         let waiting = if again { &mut self.waiting_again } else { &mut self.waiting };
-        let (_, follower, diff) = waiting.pop_first()?;
+        waiting.pop_first();
         self.running.push(Running { follower, diff, since: now, again });
         self.next = now + BUSY_PAUSE;
+        self.next_again = self.next_again.max(self.next);
         Some((follower, diff))
     }
 
@@ -136,10 +139,12 @@ impl Places {
         self.waiting.retain(waits);
         self.waiting_again.retain(waits);
         let ended = self.running.extract_if(.., |running| over(running.follower, running.diff));
-        let next = &mut self.next;
+        let (now, next, next_again) = (Instant::now(), &mut self.next, &mut self.next_again);
         let ended = ended.inspect(|running| {
-            let times = if running.again { BUSY_REST } else { 1 };
-            *next = Instant::now() + running.since.elapsed().min(BUSY_PAUSE) * times;
+            let took = running.since.elapsed().min(BUSY_PAUSE);
+            *next = now + took;
+            let took = if running.again { BUSY_REST * took } else { took };
+            *next_again = (now + took).max(*next_again);
         });
         ended.map(|running| (running.follower, running.diff)).collect()
     }
@@ -239,12 +244,14 @@ mod tests {
         assert_eq!(admitted(&mut places), [1]);
         tokio::time::advance(tenth).await;
         places.end(|follower, _| follower.0 == 1);
-        tokio::time::advance(2 * tenth).await;
+        tokio::time::advance((BUSY_REST - 1) * tenth).await;
         assert_eq!(admitted(&mut places), []);
-        // Who has just come is before those that ask over and over.
+        // Who has just come does not wait for that, and is before those that ask over and over.
         wait(&mut places, 3, None);
-        tokio::time::advance(tenth).await;
         assert_eq!(admitted(&mut places), [3]);
+        wait(&mut places, 4, None);
+        tokio::time::advance(BUSY_PAUSE).await;
+        assert_eq!(admitted(&mut places), [4]);
         tokio::time::advance(BUSY_PAUSE).await;
         assert_eq!(admitted(&mut places), [2]);
     }
