@@ -34,6 +34,7 @@ impl Follower {
             seen: [0; KEYS],
             wrong: 0,
             excused: 0,
+            refused: 0,
             hidden: 0,
             strangers: Default::default(),
             position: None,
@@ -69,6 +70,7 @@ impl Follower {
             self.wrong |= u64::from(*cell != history.at(number, revision.0)) << number;
         }
         self.excused = self.excused & self.wrong | self.hidden;
+        self.refused &= self.wrong;
     }
 
     /// A key of the store has this value now, and its tree knows.
@@ -78,6 +80,7 @@ impl Follower {
         let wrong = id != history.at(number, place.0);
         self.wrong = if wrong { self.wrong | bit } else { self.wrong & !bit };
         self.excused &= !bit;
+        self.refused &= !bit;
         self.hidden &= !bit;
     }
 
@@ -298,7 +301,8 @@ impl World<'_> {
                     let tree = hashed(follower.replica.tree());
                     client.work.push_back(Work::Root(RootOf::Mark(revision), tree));
                     follower.at_mark = follower.wrong | follower.hidden;
-                    let wrong = follower.wrong & !follower.excused & !self.ever_flipped;
+                    let excused = follower.excused | follower.refused | self.ever_flipped;
+                    let wrong = follower.wrong & !excused;
                     let index = link.follower;
                     check(wrong == 0 || link.tainted, || {
                         format!("follower {index} differs after a diff: {wrong:b}")
@@ -308,6 +312,13 @@ impl World<'_> {
                     let tree = hashed(follower.replica.tree());
                     let entries = follower.replica.reader().snapshot();
                     client.work.push_back(Work::Scrub(number, tree, entries));
+                    // Where a repair was held, live changes may have made it needless.
+                    let (index, whole) = (link.follower, client.session.position().is_some());
+                    check(whole || follower.allows, || {
+                        format!(
+                            "follower {index} compares roots, and knows that it misses something"
+                        )
+                    })?;
                     follower.at_checkpoint = follower.wrong;
                 }
                 Output::Held { deletes, .. } => {
@@ -328,7 +339,13 @@ impl World<'_> {
                             "follower {index} is right at the end of a diff, and told it is not"
                         )
                     })?;
-                    if equal && client.session.position().is_some() {
+                    let position = client.session.position();
+                    check(equal || position.is_none(), || {
+                        format!(
+                            "follower {index} is at {position:?} after a diff, with another root"
+                        )
+                    })?;
+                    if equal && position.is_some() {
                         follower.retry = None;
                     } else {
                         follower.retry_diff(!equal, self.now + RETRY);
@@ -347,6 +364,10 @@ impl World<'_> {
                     if !equal {
                         follower.want_diff(true);
                     }
+                    let position = client.session.position();
+                    check(equal || position.is_none(), || {
+                        format!("follower {index} is at {position:?} with another root")
+                    })?;
                     self.verified += 1;
                     self.totals.verified += 1;
                 }
@@ -425,7 +446,7 @@ impl World<'_> {
                 let wrong = follower.cells[number] != history.at(number, place.0);
                 let bit = 1 << number;
                 follower.wrong = follower.wrong & !bit | u64::from(wrong) << number;
-                follower.excused |= bit;
+                follower.refused |= bit;
             }
         }
         Ok(())
@@ -438,6 +459,11 @@ impl World<'_> {
         let history = &self.histories[link.history];
         let Some(client) = &mut link.client else { return Ok(()) };
         let place = client.session.stream().map(|at| at.revision).unwrap_or_default();
+        // Keys that were updated over and over are counted when as many have come again.
+        let updated = client.updated.count_ones() as usize;
+        check(tainted || updated <= 2 * self.config.updated_keys, || {
+            format!("follower {index} is repaired beside {updated} updated keys")
+        })?;
         let (mut writes, mut deletes) = (0, 0);
         for (change, refused) in follower.replica.apply_all(changes) {
             let taken = refused.is_none();
@@ -456,7 +482,7 @@ impl World<'_> {
                 if taken {
                     follower.set(number, id, history, place);
                 } else {
-                    follower.excused |= 1 << number;
+                    follower.refused |= 1 << number;
                 }
             } else {
                 // What nobody has written is deleted again.

@@ -10,11 +10,12 @@
 //!
 //! * every change that a follower is sent is one of the history, with that value at that revision; none is
 //!   older than what the follower has seen of its key; no repair touches a key updated meanwhile;
-//! * a follower that has a position has the server's table of that revision;
+//! * a follower that has a position has the server's table of that revision; one that knows of a refusal or of another
+//!   root has none, and does not compare roots;
 //! * roots that are compared are equal exactly if the tables are, stores included: every corruption
 //!   is found by the next comparison;
 //! * no honest end breaks the protocol; a flipped bit on the wire ends its own connection at the most;
-//! * no queue grows beyond its bound;
+//! * no queue grows beyond its bound, nor what a diff remembers, nor the repairs that are on their way;
 //! * after quiet, everything comes to its end within a bounded number of steps, and after two checkpoints
 //!   all tables are equal, without anybody asking for a diff.
 //!

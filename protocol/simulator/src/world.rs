@@ -30,6 +30,9 @@ const MAX_QUEUE: usize = 24;
 /// Most that is on its way to a server: an end asks again only when it was answered.
 const MAX_TO_SERVER: usize = 24;
 
+/// Most repairs that are sent and not acknowledged.
+const REPAIR_WINDOW: u32 = 2;
+
 /// What can be done for a connection, a bit each.
 pub(crate) mod kind {
     pub(crate) const SERVE: u8 = 1;
@@ -94,8 +97,10 @@ pub(crate) struct Follower {
     pub(crate) seen: [u64; KEYS],
     /// Keys that are not as they were at the server where the stream stands.
     pub(crate) wrong: u64,
-    /// Keys that may be wrong without the protocol being to blame: refused, or changed by somebody else.
+    /// Keys that may be wrong without the protocol being to blame: changed by somebody else.
     pub(crate) excused: u64,
+    /// Keys that may be wrong because the store refused them: the session knows, and has no position.
+    pub(crate) refused: u64,
     /// Keys that were changed behind its back, and of which its tree does not know.
     pub(crate) hidden: u64,
     pub(crate) strangers: BTreeSet<tablecast_protocol::Key>,
@@ -148,6 +153,8 @@ pub(crate) struct ServerEnd {
     pub(crate) dry: bool,
     /// The last diff that was asked for.
     diff: DiffId,
+    /// Repairs on their way, and acknowledgements.
+    unacknowledged: u32,
     /// From the Middleman to the Server.
     pub(crate) requests: VecDeque<Event>,
     /// From the Server and the Differs to the Middleman.
@@ -408,6 +415,7 @@ impl<'a> World<'a> {
             updated_keys: self.config.updated_keys,
             shorten_changes: self.config.shorten_changes,
             missed_bytes: 2 * self.config.repair_bytes,
+            repair_window: REPAIR_WINDOW,
             ..SessionConfig::default()
         };
         let server = server::Session::new(config, FollowerId(id), self.now);
@@ -431,6 +439,7 @@ impl<'a> World<'a> {
                 session: server,
                 dry: true,
                 diff: DiffId(0),
+                unacknowledged: 0,
                 requests: VecDeque::new(),
                 replies: VecDeque::new(),
                 differs: Vec::new(),
@@ -519,6 +528,8 @@ impl<'a> World<'a> {
             check(queued <= MAX_QUEUE && server.differs.len() <= MAX_QUEUE, || {
                 format!("{queued} messages wait, and {} Differs", server.differs.len())
             })?;
+            let repairs = server.unacknowledged;
+            check(repairs <= REPAIR_WINDOW, || format!("{repairs} repairs are on their way"))?;
         }
         check(link.to_server.frames.len() <= MAX_TO_SERVER, || "too much for the server".into())?;
         if follower.link == Some(link.id)
@@ -552,7 +563,10 @@ impl<'a> World<'a> {
                     let at = self.live.partition_point(|(end, _)| *end < sent);
                     pipe.send(self.live[at].1.clone(), false);
                 }
-                Transmit::Message(message) => pipe.send(message, as_bytes),
+                Transmit::Message(message) => {
+                    server.unacknowledged += u32::from(matches!(message, ToClient::Repair { .. }));
+                    pipe.send(message, as_bytes);
+                }
                 Transmit::Joined(joined) => pipe.frames.push_back(Frame::Bytes(joined.frame())),
                 Transmit::Part(part) => pipe.send(part.message(&Limits::default()), as_bytes),
             }
@@ -572,6 +586,9 @@ impl<'a> World<'a> {
             Ok(Some(message)) => {
                 self.delivered += 1;
                 self.totals.server.count(server.session.state(), message.tag());
+                if let ToServer::RepairAck { .. } = message {
+                    server.unacknowledged = server.unacknowledged.saturating_sub(1);
+                }
                 server.session.handle_message(message, now);
             }
             Ok(None) if link.to_server.ended => self.drop_server(at, true),

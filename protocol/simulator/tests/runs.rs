@@ -100,3 +100,44 @@ fn notices_a_jump_that_does_not_abort() {
 fn notices_a_position_kept_in_a_shortened_catch_up() {
     caught(Mutation::CatchUpKeepsPosition, 1000);
 }
+
+#[test]
+fn notices_a_position_of_a_table_that_is_another() {
+    for mutation in [
+        Mutation::ResumeAtHead,
+        Mutation::CaughtUpEarly,
+        Mutation::NewcomerHasPosition,
+        Mutation::JumpKeepsPosition,
+        Mutation::PositionBeforeRepairs,
+        Mutation::FailedKeepsPosition,
+        Mutation::RefusedKeepsPosition,
+        Mutation::RefusalForgotten,
+        Mutation::UnequalKeepsPosition,
+        Mutation::ResumeAnyChain,
+        Mutation::ResumeAnyEpoch,
+    ] {
+        caught(mutation, 1000);
+    }
+}
+
+#[test]
+fn notices_most_other_mutations() {
+    for mutation in [
+        Mutation::NoDeleteSuppression,
+        Mutation::SuppressAtReading,
+        Mutation::PartCutShort,
+        Mutation::EndMarkOvertakes,
+        Mutation::LivePassesMark,
+        Mutation::UpdatedUnbounded,
+        Mutation::NoWindow,
+        Mutation::HeldRepairsSent,
+        Mutation::MarkAnywhere,
+        Mutation::HeldRepairsTaken,
+        Mutation::VerifyAnyMark,
+        Mutation::MarkWhileMissing,
+    ] {
+        caught(mutation, 1000);
+    }
+    // One jump in thousands comes between a request and its answer; so many runs are a second.
+    caught(Mutation::StaleRequest, 5000);
+}
