@@ -37,6 +37,7 @@ use tokio::time::Instant;
 use tracing::{debug, info, warn};
 
 use crate::access::Access;
+use crate::budget::Budget;
 use crate::compute::compute;
 use crate::config::ClientConfig;
 use crate::error::{DiffAborted, DiffError, WaitError};
@@ -297,6 +298,7 @@ pub struct Client {
     changed: bool,
     /// What the sessions' time is counted from.
     born: Instant,
+    budget: Budget,
     timer: Option<SpawnHandle>,
     /// A diff is due; `true` if it must compare full-width hashes.
     due: Option<bool>,
@@ -351,6 +353,7 @@ impl Client {
             disconnected: None,
             changed: false,
             born: Instant::now(),
+            budget: Budget::default(),
             timer: None,
             due: None,
             retries: Backoff::new(config.backoff_min, config.backoff_max),
@@ -1028,7 +1031,8 @@ fn diff_after(wait: Duration, every: Duration, ctx: &mut Context<Client>) {
 impl Handler<Apply> for Client {
     type Result = Result<(), StoreError>;
 
-    fn handle(&mut self, Apply(change): Apply, _: &mut Context<Self>) -> Self::Result {
+    fn handle(&mut self, Apply(change): Apply, ctx: &mut Context<Self>) -> Self::Result {
+        self.budget.spend(ctx);
         self.replica.apply(&change)?;
         self.changed = true;
         self.position = None;
@@ -1183,6 +1187,7 @@ impl Handler<Received> for Client {
     type Result = ();
 
     fn handle(&mut self, received: Received, ctx: &mut Context<Self>) {
+        self.budget.spend(ctx);
         let Received { connection, message, bytes, traffic, total } = received;
         let now = self.now();
         self.tell(Command::Done(connection, bytes));

@@ -29,6 +29,7 @@
 
 pub mod access;
 mod authorize;
+mod budget;
 pub mod client;
 mod compute;
 mod config;

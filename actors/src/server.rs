@@ -37,6 +37,7 @@ use tokio::sync::{broadcast, oneshot};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
+use crate::budget::Budget;
 use crate::compute::compute;
 use crate::config::ServerConfig;
 use crate::metrics;
@@ -194,6 +195,7 @@ pub struct Server {
     hashing: bool,
     /// What the log's time is counted from.
     born: Instant,
+    budget: Budget,
     /// Cancelled when this actor ends, however: nobody is let in any more.
     serving: CancellationToken,
     /// Told to stop: who waits for the last connection to end.
@@ -225,6 +227,7 @@ impl Server {
             refused: 0,
             hashing: false,
             born: Instant::now(),
+            budget: Budget::default(),
             serving: CancellationToken::new(),
             stopping: None,
             config,
@@ -396,8 +399,8 @@ impl Actor for Server {
     }
 }
 
-/// Runs after every emptied mailbox, for ever: whatever came in one go is one batch on the wire, and diffs begin of which the time
-/// has come.
+/// Runs after every emptied mailbox, for ever, and when a budget is spent: whatever came in one go is one batch on the wire, and
+/// diffs begin of which the time has come.
 struct Publish;
 
 impl ActorFuture<Server> for Publish {
@@ -409,6 +412,7 @@ impl ActorFuture<Server> for Publish {
         _: &mut Context<Server>,
         _: &mut task::Context<'_>,
     ) -> Poll<()> {
+        server.budget.renew();
         server.publish();
         server.admit();
         Poll::Pending
@@ -418,7 +422,8 @@ impl ActorFuture<Server> for Publish {
 impl Handler<Write> for Server {
     type Result = Result<Written, WriteError>;
 
-    fn handle(&mut self, Write(changes): Write, _: &mut Context<Self>) -> Self::Result {
+    fn handle(&mut self, Write(changes): Write, ctx: &mut Context<Self>) -> Self::Result {
+        self.budget.spend(ctx);
         if let Err(error) = self.table.write(&changes) {
             self.refused += 1;
             metrics::write_refused();
@@ -426,10 +431,9 @@ impl Handler<Write> for Server {
         }
         let position = self.table.position();
         self.tell_changes(changes, position.map(|position| position.revision));
-        // A writer without a pause must not keep the others waiting, nor a diff that may begin by now.
+        // A writer without a pause must not keep the others waiting.
         if self.table.has_chunk() {
             self.publish();
-            self.admit();
         }
         Ok(position.map_or(Written::Filled, Written::At))
     }
@@ -558,7 +562,8 @@ impl Handler<Connect> for Server {
 impl Handler<Ask> for Server {
     type Result = ();
 
-    fn handle(&mut self, ask: Ask, _: &mut Context<Self>) {
+    fn handle(&mut self, ask: Ask, ctx: &mut Context<Self>) {
+        self.budget.spend(ctx);
         let Ask { follower, diff, question, at } = ask;
         self.places.waited(at.elapsed());
         let Some(Follower { turn, .. }) = self.followers.get(&follower) else { return };
