@@ -37,7 +37,7 @@ use tokio::time::Instant;
 use tracing::{debug, info, warn};
 
 use crate::access::Access;
-use crate::budget::Budget;
+use crate::budget::{Budget, Later, computed, later};
 use crate::compute::compute;
 use crate::config::ClientConfig;
 use crate::error::{DiffAborted, DiffError, WaitError};
@@ -223,10 +223,19 @@ pub(crate) struct Malformed(pub(crate) ConnectionId, pub(crate) DecodeError);
 #[rtype(result = "()")]
 pub(crate) struct MiddlemanFailed(pub(crate) ConnectionId);
 
-/// It is time to look at the clock, behind everything that has come before.
+/// It is time, behind everything that has come before.
 #[derive(Debug, Message)]
 #[rtype(result = "()")]
-struct Tick;
+enum Timer {
+    /// The session looks at the clock.
+    Session,
+    /// A diff that failed is asked for again.
+    Retry,
+    /// A diff is due, as one is from time to time.
+    Diff(Duration),
+    /// The Middleman that failed is replaced.
+    Middleman(ConnectionId),
+}
 
 /// Something that was computed elsewhere.
 #[derive(Debug, Message)]
@@ -287,6 +296,7 @@ pub struct Client {
     arbiter: Option<ArbiterHandle>,
     /// Waits before a Middleman that failed is replaced.
     restarts: Backoff,
+    restart: Option<Later>,
     /// The connection at hand; `None` while there is none.
     link: Option<(ConnectionId, Session)>,
     /// Where the table stood when the last connection ended; `None` if something was missing, or has
@@ -299,12 +309,14 @@ pub struct Client {
     /// What the sessions' time is counted from.
     born: Instant,
     budget: Budget,
-    timer: Option<SpawnHandle>,
+    timer: Option<Later>,
+    /// The next one of those diffs that are from time to time.
+    next_diff: Option<Later>,
     /// A diff is due; `true` if it must compare full-width hashes.
     due: Option<bool>,
     /// Waits before a diff that is asked for again.
     retries: Backoff,
-    retry: Option<SpawnHandle>,
+    retry: Option<Later>,
     /// The diff that is asked for again must compare full-width hashes.
     retry_full: bool,
     running: Option<Running>,
@@ -348,6 +360,7 @@ impl Client {
             middleman: None,
             arbiter: None,
             restarts: Backoff::new(config.backoff_min, config.backoff_max),
+            restart: None,
             link: None,
             position: None,
             disconnected: None,
@@ -355,6 +368,7 @@ impl Client {
             born: Instant::now(),
             budget: Budget::default(),
             timer: None,
+            next_diff: None,
             due: None,
             retries: Backoff::new(config.backoff_min, config.backoff_max),
             retry: None,
@@ -452,10 +466,9 @@ impl Client {
                 Output::CaughtUp(revision) => debug!(%revision, "caught up"),
                 Output::Repair { diff, changes } => self.repair(diff, changes),
                 Output::Answer { diff, tree, query, max_bytes } => {
-                    let answer = move || answer(&tree, &query, max_bytes);
-                    ctx.spawn(compute(answer).into_actor(self).map(move |answer, _, ctx| {
-                        ctx.notify(Computed::Answer(connection, diff, answer));
-                    }));
+                    let answer = compute(move || answer(&tree, &query, max_bytes));
+                    let message = move |answer| Computed::Answer(connection, diff, answer);
+                    computed(answer, message, ctx);
                 }
                 Output::Root(diff, tree) => {
                     self.compute_root(connection, RootOf::Diff(diff), tree, ctx);
@@ -516,20 +529,12 @@ impl Client {
         }
     }
 
-    fn compute_root(
-        &self,
-        connection: ConnectionId,
-        of: RootOf,
-        tree: Tree,
-        ctx: &mut Context<Self>,
-    ) {
-        ctx.spawn(root_of(tree).into_actor(self).map(move |root, _, ctx| {
-            ctx.notify(Computed::Root(connection, of, root));
-        }));
+    fn compute_root(&self, connection: ConnectionId, of: RootOf, tree: Tree, ctx: &Context<Self>) {
+        computed(root_of(tree), move |root| Computed::Root(connection, of, root), ctx);
     }
 
     /// Looks the store through at a mark, and computes the root of what is there.
-    fn scrub(&self, connection: ConnectionId, checkpoint: u64, ctx: &mut Context<Self>) {
+    fn scrub(&self, connection: ConnectionId, checkpoint: u64, ctx: &Context<Self>) {
         // Both of this moment.
         let (mut tree, entries) = (self.replica.tree().clone(), self.replica.reader().snapshot());
         let scrub = move || {
@@ -542,14 +547,13 @@ impl Client {
             }
             (tree.root(), found.into_iter().map(|found| found.key).collect(), error)
         };
-        ctx.spawn(compute(scrub).into_actor(self).map(move |scrubbed, _, ctx| {
-            ctx.notify(Computed::Scrubbed(connection, checkpoint, scrubbed));
-        }));
+        let message = move |scrubbed| Computed::Scrubbed(connection, checkpoint, scrubbed);
+        computed(compute(scrub), message, ctx);
     }
 
     /// These keys have been changed behind this actor's back: the tree is told what is there now. That
     /// its root is not the server's leads to a diff.
-    fn corrupted(&mut self, keys: Vec<Key>, ctx: &mut Context<Self>) {
+    fn corrupted(&mut self, keys: Vec<Key>, ctx: &Context<Self>) {
         let Some(example) = keys.first().cloned() else { return };
         warn!(keys = keys.len(), "the store has been changed behind the follower's back");
         self.changed = true;
@@ -595,7 +599,7 @@ impl Client {
         connection: ConnectionId,
         checkpoint: u64,
         scrubbed: Option<(Hash, Vec<Key>, Option<StoreError>)>,
-        ctx: &mut Context<Self>,
+        ctx: &Context<Self>,
     ) {
         let Some((root, keys, error)) = scrubbed else {
             if let Some(session) = self.session(connection) {
@@ -635,7 +639,7 @@ impl Client {
         &mut self,
         revisions: impl Iterator<Item = Revision>,
         changes: Vec<(Change, Digest)>,
-        ctx: &mut Context<Self>,
+        ctx: &Context<Self>,
     ) {
         let before = self.applied;
         for (revision, (change, refused)) in revisions.zip(self.replica.apply_all(changes)) {
@@ -722,16 +726,11 @@ impl Client {
     }
 
     /// Asks for another diff after a while.
-    fn retry_diff(&mut self, full: bool, ctx: &mut Context<Self>) {
+    fn retry_diff(&mut self, full: bool, ctx: &Context<Self>) {
         self.retry_full |= full;
         if self.retry.is_none() {
             let wait = self.retries.next_wait();
-            self.retry = Some(ctx.run_later(wait, move |client, ctx| {
-                client.retry = None;
-                let full = std::mem::take(&mut client.retry_full);
-                client.want_diff(full);
-                client.begin_diff(ctx);
-            }));
+            self.retry = Some(later(wait, Timer::Retry, ctx));
         }
     }
 
@@ -741,7 +740,7 @@ impl Client {
         revision: Revision,
         root: Hash,
         server_root: Hash,
-        ctx: &mut Context<Self>,
+        ctx: &Context<Self>,
     ) {
         let Some(running) = self.running.take() else { return };
         let report = DiffReport {
@@ -768,9 +767,7 @@ impl Client {
             self.verified = Some(revision);
             self.retries.reset();
             self.retry_full = false;
-            if let Some(retry) = self.retry.take() {
-                ctx.cancel_future(retry);
-            }
+            self.retry = None;
         } else if report.equal() {
             self.retry_diff(false, ctx);
         } else {
@@ -796,7 +793,7 @@ impl Client {
 
     /// A diff would have deleted too much. It is not asked for by the clock again: each time the whole
     /// table would be walked.
-    fn held(&mut self, writes: u64, deletes: u64, keys: u64, ctx: &mut Context<Self>) {
+    fn held(&mut self, writes: u64, deletes: u64, keys: u64, ctx: &Context<Self>) {
         // The server's snapshot may have been newer than this table: live deletes are not held.
         let moved = self.running.as_ref().is_some_and(|diff| {
             diff.at != self.link.as_ref().and_then(|(_, session)| session.stream())
@@ -818,7 +815,7 @@ impl Client {
         self.diff_aborted(DiffAborted::Held { deletes, keys }, ctx);
     }
 
-    fn diff_aborted(&mut self, why: DiffAborted, ctx: &mut Context<Self>) {
+    fn diff_aborted(&mut self, why: DiffAborted, ctx: &Context<Self>) {
         let Some(running) = self.running.take() else { return };
         self.changed |= running.changed;
         metrics::diff_aborted();
@@ -934,14 +931,14 @@ impl Client {
 
     // The connection.
 
-    fn closed(&mut self, connection: ConnectionId, close: Close, ctx: &mut Context<Self>) {
+    fn closed(&mut self, connection: ConnectionId, close: Close, ctx: &Context<Self>) {
         let reason = close.to_string();
         self.tell(Command::Close(connection, close));
         self.unlink(reason, ctx);
     }
 
     /// There is no connection any more.
-    fn unlink(&mut self, reason: String, ctx: &mut Context<Self>) {
+    fn unlink(&mut self, reason: String, ctx: &Context<Self>) {
         let Some((_, session)) = self.link.take() else { return };
         self.diff_aborted(DiffAborted::Disconnected, ctx);
         // Whoever meant it meant that server.
@@ -953,9 +950,7 @@ impl Client {
         if session.stream().is_some() {
             self.position = session.position().filter(|_| !self.changed);
         }
-        if let Some(timer) = self.timer.take() {
-            ctx.cancel_future(timer);
-        }
+        self.timer = None;
         for waiter in std::mem::take(&mut self.next) {
             waiter.send(DiffOutcome::Aborted(DiffAborted::Disconnected)).ok();
         }
@@ -966,20 +961,14 @@ impl Client {
         self.emit(|| Event::Disconnected(reason));
     }
 
-    fn set_timer(&mut self, ctx: &mut Context<Self>) {
-        if let Some(timer) = self.timer.take() {
-            ctx.cancel_future(timer);
-        }
+    fn set_timer(&mut self, ctx: &Context<Self>) {
+        self.timer = None;
         let Some(at) = self.link.as_ref().and_then(|(_, session)| session.poll_timeout()) else {
             return;
         };
         // The session is right about when; a little later never is too early.
         let wait = at.saturating_sub(self.now()) + Duration::from_millis(1);
-        self.timer = Some(ctx.run_later(wait, |client, ctx| {
-            client.timer = None;
-            // What came while this actor was busy is heard first.
-            ctx.address().do_send(Tick);
-        }));
+        self.timer = Some(later(wait, Timer::Session, ctx));
     }
 }
 
@@ -1014,18 +1003,10 @@ impl Actor for Client {
         });
         if let Some(every) = self.config.diff_every {
             // The first one anywhere within the period.
-            diff_after(every.mul_f64(fastrand::f64()), every, ctx);
+            let wait = every.mul_f64(fastrand::f64());
+            self.next_diff = Some(later(wait, Timer::Diff(every), ctx));
         }
     }
-}
-
-/// Asks for a diff from time to time.
-fn diff_after(wait: Duration, every: Duration, ctx: &mut Context<Client>) {
-    ctx.run_later(wait, move |client, ctx| {
-        client.want_diff(false);
-        client.begin_diff(ctx);
-        diff_after(every.mul_f64(0.5 + fastrand::f64()), every, ctx);
-    });
 }
 
 impl Handler<Apply> for Client {
@@ -1218,16 +1199,39 @@ impl Handler<Heard> for Client {
     }
 }
 
-impl Handler<Tick> for Client {
+impl Handler<Timer> for Client {
     type Result = ();
 
-    fn handle(&mut self, _: Tick, ctx: &mut Context<Self>) {
-        let now = self.now();
-        if let Some((_, session)) = &mut self.link {
-            session.handle_timeout(now);
+    fn handle(&mut self, timer: Timer, ctx: &mut Context<Self>) {
+        match timer {
+            Timer::Session => {
+                let now = self.now();
+                if let Some((_, session)) = &mut self.link {
+                    session.handle_timeout(now);
+                }
+                self.drive(ctx);
+                self.set_timer(ctx);
+            }
+            Timer::Retry => {
+                // Aborted too late otherwise.
+                if self.retry.take().is_some() {
+                    let full = std::mem::take(&mut self.retry_full);
+                    self.want_diff(full);
+                    self.begin_diff(ctx);
+                }
+            }
+            Timer::Diff(every) => {
+                self.want_diff(false);
+                self.begin_diff(ctx);
+                let wait = every.mul_f64(0.5 + fastrand::f64());
+                self.next_diff = Some(later(wait, Timer::Diff(every), ctx));
+            }
+            Timer::Middleman(last) => {
+                if !self.stopping {
+                    self.start_middleman(last, ctx);
+                }
+            }
         }
-        self.drive(ctx);
-        self.set_timer(ctx);
     }
 }
 
@@ -1247,11 +1251,8 @@ impl Handler<MiddlemanFailed> for Client {
 
     fn handle(&mut self, failed: MiddlemanFailed, ctx: &mut Context<Self>) {
         let MiddlemanFailed(last) = failed;
-        ctx.run_later(self.restarts.next_wait(), move |client, ctx| {
-            if !client.stopping {
-                client.start_middleman(last, ctx);
-            }
-        });
+        let wait = self.restarts.next_wait();
+        self.restart = Some(later(wait, Timer::Middleman(last), ctx));
     }
 }
 

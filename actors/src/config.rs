@@ -21,7 +21,8 @@ pub struct ServerConfig {
     /// How many diffs run at once: 4. Others wait: whose last diff, or connect, is longest ago is next, so that
     /// a follower that asks over and over holds up nobody who does not. While what the Server is asked waits for
     /// more than 2 ms, they begin one after the other: a second behind the last one, or, if that has ended before, when it is over
-    /// for as long as it took; and those of followers that ask over and over when the last such one is over for eight times as long.
+    /// for as long as it took. One of a follower that asks over and over (`diff_rest`) begins when the last such one is over for eight
+    /// times as long, too, 8 s at the most.
     pub diffs_at_once: usize,
     /// How long a diff keeps its place while others wait: 60 s. Then it is aborted as `Busy`, and asked for
     /// again behind the others; what it has repaired stays. Looked at once a second. (A diff in which nothing

@@ -37,7 +37,7 @@ use tokio::sync::{broadcast, oneshot};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use crate::budget::Budget;
+use crate::budget::{Budget, computed, every};
 use crate::compute::compute;
 use crate::config::ServerConfig;
 use crate::metrics;
@@ -153,8 +153,13 @@ pub(crate) enum Question {
     End,
 }
 
+/// A second is over.
+#[derive(Clone, Debug, Message)]
+#[rtype(result = "()")]
+struct Second;
+
 /// It is time to compare roots.
-#[derive(Debug, Message)]
+#[derive(Clone, Debug, Message)]
 #[rtype(result = "()")]
 struct SetCheckpoint;
 
@@ -179,7 +184,7 @@ impl SharedLog {
     }
 }
 
-/// The actor. Start it on an arbiter of its own: it works through its mailbox without a pause.
+/// The actor. Start it on an arbiter of its own: it works through its mailbox for milliseconds at a time.
 #[derive(Debug)]
 pub struct Server {
     config: ServerConfig,
@@ -386,15 +391,9 @@ impl Actor for Server {
         // The default, 16, would make writers wait for each other's wake-ups.
         ctx.set_mailbox_capacity(1024);
         ctx.spawn(Publish);
-        ctx.run_interval(metrics::EVERY, |server, _| {
-            server.record();
-            // It may be busy no more.
-            server.admit();
-            server.end_turns();
-        });
-        if let Some(every) = self.config.verify_every {
-            // Through the mailbox, so that `Publish` runs behind it.
-            ctx.run_interval(every, |_, ctx| ctx.address().do_send(SetCheckpoint));
+        every(metrics::EVERY, Second, ctx);
+        if let Some(period) = self.config.verify_every {
+            every(period, SetCheckpoint, ctx);
         }
     }
 }
@@ -497,7 +496,8 @@ impl Handler<Subscribe> for Server {
 impl Handler<GetStatus> for Server {
     type Result = MessageResult<GetStatus>;
 
-    fn handle(&mut self, _: GetStatus, _: &mut Context<Self>) -> Self::Result {
+    fn handle(&mut self, _: GetStatus, ctx: &mut Context<Self>) -> Self::Result {
+        self.budget.spend(ctx);
         MessageResult(self.status())
     }
 }
@@ -505,7 +505,8 @@ impl Handler<GetStatus> for Server {
 impl Handler<GetFollowers> for Server {
     type Result = MessageResult<GetFollowers>;
 
-    fn handle(&mut self, _: GetFollowers, _: &mut Context<Self>) -> Self::Result {
+    fn handle(&mut self, _: GetFollowers, ctx: &mut Context<Self>) -> Self::Result {
+        self.budget.spend(ctx);
         let head = self.head();
         let of = |follower: &Follower| {
             let status = follower.status.lock().unwrap_or_else(PoisonError::into_inner).clone();
@@ -536,7 +537,8 @@ impl Handler<Stop> for Server {
 impl Handler<Connect> for Server {
     type Result = ();
 
-    fn handle(&mut self, connect: Connect, _: &mut Context<Self>) {
+    fn handle(&mut self, connect: Connect, ctx: &mut Context<Self>) {
+        self.budget.spend(ctx);
         let Connect { follower, position, middleman, woken, status } = connect;
         let Some(head) = self.table.position().filter(|_| self.stopping.is_none()) else {
             middleman.do_send(Reply::Close(Reason::Stopping, "not serving".to_owned()).into());
@@ -597,6 +599,16 @@ impl Handler<Ask> for Server {
     }
 }
 
+impl Handler<Second> for Server {
+    type Result = ();
+
+    /// Behind it [`Publish`] lets diffs begin, if the server is busy no more.
+    fn handle(&mut self, _: Second, _: &mut Context<Self>) {
+        self.record();
+        self.end_turns();
+    }
+}
+
 impl Handler<SetCheckpoint> for Server {
     type Result = ();
 
@@ -608,9 +620,8 @@ impl Handler<SetCheckpoint> for Server {
         let number = self.log.lock().set_checkpoint();
         self.hashing = true;
         self.wake();
-        let (tree, this) = (self.table.tree().clone(), ctx.address());
-        let root = async move { this.do_send(SetRoot(number, root_of(tree).await)) };
-        ctx.spawn(root.into_actor(self));
+        let root = root_of(self.table.tree().clone());
+        computed(root, move |root| SetRoot(number, root), ctx);
     }
 }
 
@@ -630,6 +641,7 @@ impl Handler<Gone> for Server {
     type Result = ();
 
     fn handle(&mut self, Gone(follower): Gone, ctx: &mut Context<Self>) {
+        self.budget.spend(ctx);
         self.followers.remove(&follower);
         self.end_diffs(|f, _| f == follower);
         self.stop_if_alone(ctx);

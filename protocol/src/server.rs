@@ -1221,7 +1221,7 @@ impl Session {
     /// How large a repair is at most.
     fn repair_bytes(&self) -> usize {
         let fits = self.config.limits.frame_bytes.saturating_sub(limits::FRAME_OVERHEAD);
-        self.config.repair_bytes.min(fits)
+        self.config.repair_bytes.min(fits).max(1)
     }
 
     /// Asks for the next repairs, or for the mark when all have been sent.

@@ -1,6 +1,6 @@
 //! Who runs a diff, and who is next.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use tablecast_protocol::{DiffId, FollowerId};
@@ -23,14 +23,15 @@ pub(super) struct Places {
     rest: Duration,
     /// How long a question waits in the mailbox, smoothed.
     waited: Duration,
-    /// When the next diff may begin beside a busy server, and the next one of those that share a place, which is no earlier.
+    /// When the next diff may begin beside a busy server.
     next: Instant,
+    /// When the next one of those that share a place may, too.
     next_again: Instant,
     running: Vec<Running>,
     /// The lowest is next.
     waiting: BTreeSet<(u64, FollowerId, DiffId)>,
-    /// Of those that share a place.
-    waiting_again: BTreeSet<(u64, FollowerId, DiffId)>,
+    /// Those that share a place, and until when.
+    waiting_again: BTreeMap<(u64, FollowerId, DiffId), Instant>,
     last_turn: u64,
 }
 
@@ -71,7 +72,7 @@ impl Places {
             next_again: Instant::now(),
             running: Vec::new(),
             waiting: BTreeSet::new(),
-            waiting_again: BTreeSet::new(),
+            waiting_again: BTreeMap::new(),
             last_turn: 0,
         }
     }
@@ -105,9 +106,15 @@ impl Places {
 
     /// A diff wants a place.
     pub(super) fn wait(&mut self, follower: FollowerId, diff: DiffId, turn: Turn) {
-        let again = turn.ended.is_some_and(|ended| ended.elapsed() < self.rest);
-        let waiting = if again { &mut self.waiting_again } else { &mut self.waiting };
-        waiting.insert((turn.number, follower, diff));
+        let entry = (turn.number, follower, diff);
+        match turn.ended.map(|ended| ended + self.rest) {
+            Some(rested) if rested > Instant::now() => {
+                self.waiting_again.insert(entry, rested);
+            }
+            _ => {
+                self.waiting.insert(entry);
+            }
+        }
     }
 
     /// Gives a place to the diff that is next, if there is one.
@@ -116,17 +123,24 @@ impl Places {
             return None;
         }
         let (now, busy) = (Instant::now(), self.is_busy());
-        let due = |next: Instant| !busy || next <= now;
-        let free = due(self.next_again) && !self.running.iter().any(|running| running.again);
-        let first = self.waiting.first().filter(|_| due(self.next));
-        let shared = self.waiting_again.first().filter(|_| free);
+        // Whose last diff ended first is first.
+        while let Some(first) = self.waiting_again.first_entry()
+            && *first.get() <= now
+        {
+            self.waiting.insert(first.remove_entry().0);
+        }
+        if busy && self.next > now {
+            return None;
+        }
+        let free = !self.running.iter().any(|running| running.again);
+        let free = free && (!busy || self.next_again <= now);
+        let shared = self.waiting_again.first_key_value().filter(|_| free).map(|(entry, _)| *entry);
+        let first = self.waiting.first().copied();
         let again = shared.is_some_and(|shared| first.is_none_or(|first| shared < first && !busy));
-        let (_, follower, diff) = *if again { shared } else { first }?;
-        let waiting = if again { &mut self.waiting_again } else { &mut self.waiting };
-        waiting.pop_first();
+        let (_, follower, diff) =
+            if again { self.waiting_again.pop_first()?.0 } else { self.waiting.pop_first()? };
         self.running.push(Running { follower, diff, since: now, again });
         self.next = now + BUSY_PAUSE;
-        self.next_again = self.next_again.max(self.next);
         Some((follower, diff))
     }
 
@@ -137,14 +151,18 @@ impl Places {
     ) -> Vec<(FollowerId, DiffId)> {
         let waits = |(_, follower, diff): &(u64, FollowerId, DiffId)| !over(*follower, *diff);
         self.waiting.retain(waits);
-        self.waiting_again.retain(waits);
+        self.waiting_again.retain(|entry, _| waits(entry));
         let ended = self.running.extract_if(.., |running| over(running.follower, running.diff));
         let (now, next, next_again) = (Instant::now(), &mut self.next, &mut self.next_again);
         let ended = ended.inspect(|running| {
-            let took = running.since.elapsed().min(BUSY_PAUSE);
-            *next = now + took;
-            let took = if running.again { BUSY_REST * took } else { took };
-            *next_again = (now + took).max(*next_again);
+            let took = (now - running.since).min(BUSY_PAUSE);
+            // It was the last one that began.
+            if *next == running.since + BUSY_PAUSE {
+                *next = now + took;
+            }
+            if running.again {
+                *next_again = now + BUSY_REST * took;
+            }
         });
         ended.map(|running| (running.follower, running.diff)).collect()
     }
@@ -254,6 +272,29 @@ mod tests {
         assert_eq!(admitted(&mut places), [4]);
         tokio::time::advance(BUSY_PAUSE).await;
         assert_eq!(admitted(&mut places), [2]);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn who_asks_again_beside_a_busy_server_is_not_held_up_for_ever() {
+        let rest = 10 * BUSY_PAUSE;
+        let mut places = Places::new(3, rest);
+        (0..20).for_each(|_| places.waited(2 * BUSY_WAIT));
+        let wait = |places: &mut Places, follower, ended| {
+            let turn = places.turn(ended);
+            places.wait(FollowerId(follower), DIFF, turn);
+        };
+        wait(&mut places, 1, Some(Instant::now()));
+        // One newcomer after the other, as many as the server bears.
+        let mut begun = Vec::new();
+        for follower in 2..20 {
+            wait(&mut places, follower, None);
+            begun.extend(admitted(&mut places));
+            places.end(|other, _| other.0 == follower);
+            tokio::time::advance(BUSY_PAUSE).await;
+        }
+        // It has rested by then, and has waited for longer than they.
+        assert_eq!(begun.iter().position(|follower| *follower == 1), Some(10));
+        assert_eq!(begun.get(..3), Some(&[2, 3, 4][..]));
     }
 
     #[test]

@@ -43,7 +43,8 @@ fn filled(keys: usize) -> MemoryStore {
 
 /// A server, and so many followers that lack half of its table.
 async fn connected(followers: usize) -> (Addr<Server>, Vec<Addr<Client>>) {
-    let config = ServerConfig { diffs_at_once: AT_ONCE, ..ServerConfig::default() };
+    let verify_every = Some(Duration::from_millis(10));
+    let config = ServerConfig { diffs_at_once: AT_ONCE, verify_every, ..ServerConfig::default() };
     let table = Table::open(Slow(filled(1000)), Limits::default()).unwrap();
     let [here, server, differs] = [(); 3].map(|()| Arbiter::new().handle());
     let arbiters = Arbiters { server, connections: vec![here], differs: vec![differs] };
@@ -105,15 +106,17 @@ async fn diffs_begin_one_after_the_other_and_each_comes_to_its_end() {
     assert!(paced, "every diff began at once");
 }
 
-/// A frame that is not full goes out all the same: with a full one a follower would be thousands of writes behind.
+/// A frame that is not full goes out all the same: with a full one a follower would be thousands of writes behind. And
+/// roots are compared, which are computed on another thread, and when it is time.
 #[actix_rt::test]
 async fn changes_go_out_without_a_pause_of_the_writers() {
     let (server, clients) = connected(1).await;
     let frames = async {
-        let mut seen = BTreeSet::new();
-        while seen.len() < 20 {
+        let (mut seen, mut compared) = (BTreeSet::new(), BTreeSet::new());
+        while seen.len() < 20 || compared.len() < 5 {
             let status = clients[0].send(client::GetStatus).await.unwrap();
             seen.extend(status.stream.map(|stream| stream.revision.0));
+            compared.extend(status.verified);
             server.send(GetStatus).await.unwrap();
         }
     };
