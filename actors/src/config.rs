@@ -20,7 +20,7 @@ pub struct ServerConfig {
     pub log_bytes: usize,
     /// How many diffs run at once: 4. Others wait: whose last diff, or connect, is longest ago is next, so that
     /// a follower that asks over and over holds up nobody who does not. While what the Server is asked waits for
-    /// more than 2 ms, they begin one after the other: a second behind the last one, or, if that has ended before, when it is over
+    /// more than 2 ms, they begin one after the other: a second behind the last one, or, when one has ended, when it is over
     /// for as long as it took. One of a follower that asks over and over (`diff_rest`) begins when the last such one is over for eight
     /// times as long, too, 8 s at the most.
     pub diffs_at_once: usize,

@@ -11,8 +11,8 @@ use tokio::time::Instant;
 /// The follower whose last diff, or connect, is longest ago is next. Those whose last diff ended just now share one
 /// place, so that however many ask over and over leave the others to whoever needs them.
 ///
-/// While the server is busy diffs begin one after the other: [`BUSY_PAUSE`] behind the beginning of the last one, or, if that
-/// has ended before, when it is over for as long as it took. (So one that takes long, of a follower behind a slow line, holds up
+/// While the server is busy diffs begin one after the other: [`BUSY_PAUSE`] behind the beginning of the last one, or, when one has
+/// ended, when it is over for as long as it took. (So one that takes long, of a follower behind a slow line, holds up
 /// nobody.) Who shares a place is behind the others then, and begins when the last one of those who do is over for [`BUSY_REST`]
 /// times as long. Busy is a server whose questions wait in its mailbox: what tells a queue that stands from one that comes and goes
 /// is how long things are in it (CoDel, RFC 8289).
@@ -156,10 +156,7 @@ impl Places {
         let (now, next, next_again) = (Instant::now(), &mut self.next, &mut self.next_again);
         let ended = ended.inspect(|running| {
             let took = (now - running.since).min(BUSY_PAUSE);
-            // It was the last one that began.
-            if *next == running.since + BUSY_PAUSE {
-                *next = now + took;
-            }
+            *next = now + took;
             if running.again {
                 *next_again = now + BUSY_REST * took;
             }
