@@ -1,7 +1,7 @@
 //! The actors over turmoil's simulated network, which loses, delays, holds back and cuts, on hosts that crash and come
 //! back, with time that is counted and not waited for. One seed is one run.
 //!
-//! `TURMOIL_SEEDS=1000..5000 cargo test -p tablecast-actors --test turmoil seeds` runs others, `TURMOIL_SEEDS=7` prints what
+//! `TURMOIL_SEEDS=1000..5000 cargo test -p tablecast-actors --test turmoil` runs others, `TURMOIL_SEEDS=7` prints what
 //! happens in one.
 
 #![allow(
