@@ -13,7 +13,7 @@ use std::time::Duration;
 use actix::fut::wrap_future;
 use actix::prelude::*;
 use tokio::task::JoinHandle;
-use tokio::time::{Instant, MissedTickBehavior};
+use tokio::time::Instant;
 
 /// Longer than a full frame takes to be filled by a store in memory, so that frames are full where all are busy.
 const BUDGET: Duration = Duration::from_millis(5);
@@ -73,10 +73,9 @@ where
 {
     let actor = ctx.address().downgrade();
     actix_rt::spawn(async move {
-        let mut ticks = tokio::time::interval_at(Instant::now() + period, period);
-        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
-            ticks.tick().await;
+            // Any period will do: a sum of times may be more than a clock holds.
+            tokio::time::sleep(period).await;
             let Some(actor) = actor.upgrade() else { return };
             actor.do_send(message.clone());
         }

@@ -35,6 +35,7 @@ use super::{Ask, Connect, Gone, Question, Server, SharedLog, root_of};
 use crate::access::Stream;
 use crate::access::codec::{Framed, LAST_WORDS};
 use crate::authorize::{Applicant, Token};
+use crate::budget::computed;
 use crate::config::ServerConfig;
 use crate::error::AccessError;
 use crate::metrics;
@@ -200,15 +201,11 @@ impl Middleman {
                     self.diff_ended(aborted, served);
                 }
                 Event::Root(revision, tree) => {
-                    let this = ctx.address();
-                    let root = async move {
-                        let reply = match root_of(tree).await {
-                            Some(root) => Reply::Root(revision, root),
-                            None => Reply::Close(Reason::Failed, "no root".to_owned()),
-                        };
-                        this.do_send(reply.into());
+                    let reply = move |root| match root {
+                        Some(root) => Reply::Root(revision, root),
+                        None => Reply::Close(Reason::Failed, "no root".to_owned()),
                     };
-                    ctx.spawn(root.into_actor(self));
+                    computed(root_of(tree), move |root| Command::from(reply(root)), ctx);
                 }
                 Event::Verified { revision, equal } => {
                     if !equal {

@@ -30,7 +30,7 @@ pub(super) struct Places {
     running: Vec<Running>,
     /// The lowest is next.
     waiting: BTreeSet<(u64, FollowerId, DiffId)>,
-    /// Those that share a place, and until when.
+    /// Those that share a place, or did when they came, and when their last diff ended.
     waiting_again: BTreeMap<(u64, FollowerId, DiffId), Instant>,
     last_turn: u64,
 }
@@ -107,13 +107,10 @@ impl Places {
     /// A diff wants a place.
     pub(super) fn wait(&mut self, follower: FollowerId, diff: DiffId, turn: Turn) {
         let entry = (turn.number, follower, diff);
-        match turn.ended.map(|ended| ended + self.rest) {
-            Some(rested) if rested > Instant::now() => {
-                self.waiting_again.insert(entry, rested);
-            }
-            _ => {
-                self.waiting.insert(entry);
-            }
+        if let Some(ended) = turn.ended {
+            self.waiting_again.insert(entry, ended);
+        } else {
+            self.waiting.insert(entry);
         }
     }
 
@@ -125,15 +122,15 @@ impl Places {
         let (now, busy) = (Instant::now(), self.is_busy());
         // Whose last diff ended first is first.
         while let Some(first) = self.waiting_again.first_entry()
-            && *first.get() <= now
+            && first.get().elapsed() >= self.rest
         {
             self.waiting.insert(first.remove_entry().0);
         }
         if busy && self.next > now {
             return None;
         }
-        let free = !self.running.iter().any(|running| running.again);
-        let free = free && (!busy || self.next_again <= now);
+        let free =
+            !self.running.iter().any(|running| running.again) && (!busy || self.next_again <= now);
         let shared = self.waiting_again.first_key_value().filter(|_| free).map(|(entry, _)| *entry);
         let first = self.waiting.first().copied();
         let again = shared.is_some_and(|shared| first.is_none_or(|first| shared < first && !busy));
@@ -177,7 +174,7 @@ mod tests {
     use super::*;
 
     const DIFF: DiffId = DiffId(1);
-    const LONG: Duration = Duration::from_secs(3600);
+    const LONG: Duration = Duration::MAX;
 
     fn admitted(places: &mut Places) -> Vec<u64> {
         std::iter::from_fn(|| places.admit()).map(|(follower, _)| follower.0).collect()

@@ -6,21 +6,20 @@ use std::time::Duration;
 
 use actix::prelude::*;
 use futures_util::future::{select_all, try_join_all};
-use tablecast_actors::access::memory;
+use tablecast_actors::access::memory::{self, MemoryAccess};
 use tablecast_actors::client::{self, Client};
 use tablecast_actors::protocol::{
-    Change, Epoch, Key, Limits, MemoryStore, Reader, Replica, Store, StoreError, Table, Value,
+    Change, Epoch, Limits, MemoryStore, Reader, Replica, Store, StoreError, Table,
 };
 use tablecast_actors::server::{Arbiters, Endpoint, GetStatus, Ready, Server, Write};
 use tablecast_actors::{ClientConfig, ClientStatus, DiffOutcome, ServerConfig};
+
+use crate::{LONG, filled};
 
 const AT_ONCE: usize = 2;
 
 /// Writes that wait for the store, always: whatever else the server is asked waits behind them.
 const WRITERS: usize = 8;
-
-/// Longer than this takes on a busy machine: only a hang is noticed by it.
-const LONG: Duration = Duration::from_secs(120);
 
 /// A store that takes a millisecond for a batch, as one does that waits for a disk.
 struct Slow(MemoryStore);
@@ -36,16 +35,9 @@ impl Store for Slow {
     }
 }
 
-fn filled(keys: usize) -> MemoryStore {
-    let entry = |number| (Key::from(format!("key-{number}")), Value::from("value"));
-    (0..keys).map(entry).collect()
-}
-
-/// A server, and so many followers that lack half of its table.
-async fn connected(followers: usize) -> (Addr<Server>, Vec<Addr<Client>>) {
-    let verify_every = Some(Duration::from_millis(10));
-    let config = ServerConfig { diffs_at_once: AT_ONCE, verify_every, ..ServerConfig::default() };
-    let table = Table::open(Slow(filled(1000)), Limits::default()).unwrap();
+/// A server of this store, and a way to connect to it.
+async fn serve(store: impl Store, config: ServerConfig) -> (Addr<Server>, MemoryAccess) {
+    let table = Table::open(store, Limits::default()).unwrap();
     let [here, server, differs] = [(); 3].map(|()| Arbiter::new().handle());
     let arbiters = Arbiters { server, connections: vec![here], differs: vec![differs] };
     let endpoint = Endpoint::start(table, config, &arbiters);
@@ -53,6 +45,14 @@ async fn connected(followers: usize) -> (Addr<Server>, Vec<Addr<Client>>) {
     endpoint.listen(listener);
     let server = endpoint.server().clone();
     server.send(Ready(Epoch::from_bytes([7; 16]))).await.unwrap();
+    (server, access)
+}
+
+/// A slow server, and so many followers that lack half of its table.
+async fn connected(followers: usize) -> (Addr<Server>, Vec<Addr<Client>>) {
+    let verify_every = Some(Duration::from_millis(10));
+    let config = ServerConfig { diffs_at_once: AT_ONCE, verify_every, ..ServerConfig::default() };
+    let (server, access) = serve(Slow(filled(1000)), config).await;
     let mut clients = Vec::new();
     for _ in 0..followers {
         let replica = Replica::open(filled(500)).unwrap();
@@ -63,8 +63,18 @@ async fn connected(followers: usize) -> (Addr<Server>, Vec<Addr<Client>>) {
     (server, clients)
 }
 
-/// What comes of it while the writers write.
-async fn beside_writers<T>(server: &Addr<Server>, work: impl Future<Output = T>) -> T {
+/// Does this while the writers write.
+async fn beside(writers: impl Iterator<Item: Future + Unpin>, work: impl Future<Output = ()>) {
+    let done = async {
+        tokio::select! {
+            () = work => {}
+            _ = select_all(writers) => unreachable!("they write for ever"),
+        }
+    };
+    tokio::time::timeout(LONG, done).await.expect("it waits for ever");
+}
+
+async fn beside_writers(server: &Addr<Server>, work: impl Future<Output = ()>) {
     let writers = (0..WRITERS).map(|writer| {
         let server = server.clone();
         Box::pin(async move {
@@ -74,13 +84,7 @@ async fn beside_writers<T>(server: &Addr<Server>, work: impl Future<Output = T>)
             }
         })
     });
-    let done = async {
-        tokio::select! {
-            done = work => done,
-            _ = select_all(writers) => unreachable!("they write for ever"),
-        }
-    };
-    tokio::time::timeout(LONG, done).await.expect("it waits for ever")
+    beside(writers, work).await;
 }
 
 fn is_equal(client: &ClientStatus) -> bool {
@@ -129,18 +133,11 @@ async fn changes_go_out_without_a_pause_of_the_writers() {
 /// does not pause.
 #[actix_rt::test]
 async fn a_follower_whose_store_is_slow_is_repaired_all_the_same() {
-    let table = Table::open(filled(1000), Limits::default()).unwrap();
-    let [here, server] = [(); 2].map(|()| Arbiter::new().handle());
-    let arbiters =
-        Arbiters { server, connections: vec![here.clone()], differs: vec![here.clone()] };
-    let endpoint = Endpoint::start(table, ServerConfig::default(), &arbiters);
-    let (listener, access) = memory::pair();
-    endpoint.listen(listener);
-    let server = endpoint.server();
-    server.send(Ready(Epoch::from_bytes([7; 16]))).await.unwrap();
+    let (server, access) = serve(filled(1000), ServerConfig::default()).await;
+    let connection = Arbiter::new().handle();
     let client = Client::start_in_arbiter(&Arbiter::new().handle(), move |_| {
         let replica = Replica::open(Slow(filled(500))).unwrap();
-        Client::new(replica, access, ClientConfig::default()).with_connection_on(here)
+        Client::new(replica, access, ClientConfig::default()).with_connection_on(connection)
     });
     client.send(client::Ready).await.unwrap();
     // Always some frames ahead of what is applied, and never far.
@@ -160,11 +157,5 @@ async fn a_follower_whose_store_is_slow_is_repaired_all_the_same() {
         })
     };
     let repaired = async { while !is_equal(&client.send(client::GetStatus).await.unwrap()) {} };
-    let done = async {
-        tokio::select! {
-            () = repaired => {}
-            _ = select_all((0..4).map(writer)) => unreachable!("they write for ever"),
-        }
-    };
-    tokio::time::timeout(LONG, done).await.expect("it waits for ever");
+    beside((0..4).map(writer), repaired).await;
 }

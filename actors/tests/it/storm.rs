@@ -5,23 +5,15 @@ use std::time::Duration;
 use actix::prelude::*;
 use tablecast_actors::access::memory;
 use tablecast_actors::client::{self, Client};
-use tablecast_actors::protocol::{
-    Change, Epoch, Key, Limits, MemoryStore, Reader, Replica, Table, Value,
-};
+use tablecast_actors::protocol::{Change, Epoch, Limits, MemoryStore, Reader, Replica, Table};
 use tablecast_actors::server::{Arbiters, Endpoint, GetFollowers, GetStatus, Ready, Write};
 use tablecast_actors::{ClientConfig, DiffOutcome, FollowerStatus, ServerConfig};
+
+use crate::{LONG, filled};
 
 const FOLLOWERS: usize = 1000;
 const AT_ONCE: usize = 4;
 const LACKING: usize = 10;
-
-/// Longer than this takes on a busy machine: only a hang is noticed by it.
-const LONG: Duration = Duration::from_secs(120);
-
-fn filled(keys: usize) -> MemoryStore {
-    let entry = |number| (Key::from(format!("key-{number}")), Value::from("value"));
-    (0..keys).map(entry).collect()
-}
 
 fn is_done(follower: &FollowerStatus) -> bool {
     follower.last_diff.is_some_and(|diff| diff.aborted.is_none())
