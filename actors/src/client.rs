@@ -45,7 +45,7 @@ use crate::metrics;
 use crate::server::root_of;
 use crate::status::{ClientStatus, DiffOutcome, DiffReport, Health};
 use backoff::Backoff;
-use middleman::{Command, ConnectionId, Middleman};
+use middleman::{Command, ConnectionId, HEARD_BYTES, Middleman};
 
 /// Most keys that one look through the store puts right; the next one finds the others.
 const SCRUBBED_KEYS: usize = 1 << 16;
@@ -208,7 +208,7 @@ pub(crate) struct Received {
     pub(crate) total: Traffic,
 }
 
-/// A part of a message came.
+/// A part of a message came, or one that is answered already.
 #[derive(Debug, Message)]
 #[rtype(result = "()")]
 pub(crate) struct Heard(pub(crate) ConnectionId);
@@ -1193,6 +1193,7 @@ impl Handler<Heard> for Client {
 
     fn handle(&mut self, Heard(connection): Heard, _: &mut Context<Self>) {
         let now = self.now();
+        self.tell(Command::Done(connection, HEARD_BYTES));
         if let Some(session) = self.session(connection) {
             session.handle_heard(now);
         }

@@ -29,6 +29,9 @@ use crate::error::AccessError;
 /// How long nothing is read before that is worth a word when the connection ends.
 const LONG_PAUSE: Duration = Duration::from_secs(1);
 
+/// What [`Heard`] counts for among bytes that wait.
+pub(crate) const HEARD_BYTES: usize = 1;
+
 /// How many frames are read before others on this arbiter have their turn.
 const TURNS: usize = 32;
 
@@ -75,8 +78,21 @@ struct Link {
     base: (u64, u64),
     /// Since when nothing is read, because the table does not keep up.
     paused: Option<Instant>,
+    /// What came is no message: the Client has been told, and nothing more is read.
+    malformed: bool,
     /// The session has ended: close when all is written.
     closing: bool,
+}
+
+impl Link {
+    /// Tells the Client that the server is alive: not, if it has something of this connection to work off,
+    /// which says so too when it comes to it.
+    fn heard(&mut self, connection: ConnectionId, client: &Addr<Client>) {
+        if self.waiting == 0 {
+            self.waiting = HEARD_BYTES;
+            client.do_send(Heard(connection));
+        }
+    }
 }
 
 impl Middleman {
@@ -116,8 +132,9 @@ impl Middleman {
         if let Some(token) = &self.config.token {
             framed.queue(token.frame());
         }
-        let (welcomed, paused, closing) = (None, None, false);
-        self.link = Some(Link { framed, welcomed, waiting: 0, base: (0, 0), paused, closing });
+        let (welcomed, paused) = (None, None);
+        let (waiting, base, malformed, closing) = (0, (0, 0), false, false);
+        self.link = Some(Link { framed, welcomed, waiting, base, paused, malformed, closing });
         self.client.do_send(LinkUp(self.connection));
     }
 
@@ -177,7 +194,7 @@ impl Middleman {
             // A server that asks and does not read is not read from either.
             let unread = link.framed.queued() > inbox_bytes + limits.answer_bytes;
             let full = link.waiting >= *inbox_bytes || unread;
-            if link.closing || full {
+            if link.closing || link.malformed || full {
                 if full {
                     link.paused.get_or_insert_with(Instant::now);
                 }
@@ -186,7 +203,7 @@ impl Middleman {
             link.paused = None;
             let Poll::Ready(frame) = link.framed.poll_frame(cx)? else {
                 if link.framed.received > before {
-                    self.client.do_send(Heard(connection));
+                    link.heard(connection, &self.client);
                 }
                 return Ok(false);
             };
@@ -195,7 +212,7 @@ impl Middleman {
                 // Answered here: the Client may be busy applying, and is alive all the same.
                 Ok(ToClient::Ping {}) => {
                     link.framed.queue(wire::encode(&ToServer::Pong {}));
-                    self.client.do_send(Heard(connection));
+                    link.heard(connection, &self.client);
                 }
                 Ok(message) => {
                     if matches!(message, ToClient::Welcome { .. }) {
@@ -215,6 +232,7 @@ impl Middleman {
                 }
                 Err(error) => {
                     // The session says goodbye, and why.
+                    link.malformed = true;
                     self.client.do_send(Malformed(connection, error));
                     return Ok(false);
                 }
