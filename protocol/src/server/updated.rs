@@ -4,14 +4,27 @@ use crate::diff::{Difference, Found};
 use crate::table::Values;
 use crate::tree::{KeyHash, KeyPrefix};
 
+/// Hashes of keys in their order, none twice, and where to look for one.
+///
+/// Hashes are spread evenly: of as many spans of equal length as there are places in `starts`, each holds some
+/// [`SPAN`] of them. So a lookup waits for memory once or twice, where halving would for each of its steps.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+struct Run {
+    keys: Vec<KeyHash>,
+    /// Where each span begins; behind the last one, where that ends.
+    starts: Vec<u32>,
+}
+
+/// How many keys a span of a [`Run`] holds, on the average: 128 bytes of them, for 4 of its place.
+const SPAN: usize = 8;
+
 /// Hashes of the keys of all live changes that were put on the wire since it began.
 ///
 /// Much is added and little asked, so adding is a copy, and order is made by whoever asks: sorted runs, each at
 /// least twice as long as the next, as in a log-structured merge tree (O'Neil et al. 1996).
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 pub(super) struct Updated {
-    /// Sorted, none twice in a run.
-    runs: Vec<Vec<KeyHash>>,
+    runs: Vec<Run>,
     /// As they came.
     recent: Vec<KeyHash>,
     /// How many there were when they were last counted.
@@ -27,14 +40,19 @@ impl Updated {
     /// Whether there are more than `limit` keys. Keys that were updated over and over are found to be the
     /// same ones when as many have been added as there were; so up to twice the limit are held.
     pub(super) fn exceeds(&mut self, limit: usize) -> bool {
-        let added = self.recent.len() + self.runs.iter().map(Vec::len).sum::<usize>();
+        let added = self.recent.len() + self.sorted();
         if added <= limit.max(2 * self.counted) {
             return false;
         }
-        self.recent.extend(self.runs.drain(..).flatten());
+        self.recent.extend(self.runs.drain(..).flat_map(|run| run.keys));
         self.sort();
-        self.counted = self.runs.iter().map(Vec::len).sum();
+        self.counted = self.sorted();
         self.counted > limit
+    }
+
+    /// How many there are in the runs.
+    fn sorted(&self) -> usize {
+        self.runs.iter().map(|run| run.keys.len()).sum()
     }
 
     /// Takes out what was updated; how much that is.
@@ -80,48 +98,56 @@ impl Updated {
         if self.recent.is_empty() {
             return;
         }
-        let mut run = std::mem::take(&mut self.recent);
-        run.sort_unstable();
-        while let Some(longer) = self.runs.pop_if(|last| last.len() < 2 * run.len()) {
-            run.extend(longer);
+        let mut keys = std::mem::take(&mut self.recent);
+        keys.sort_unstable();
+        while let Some(longer) = self.runs.pop_if(|last| last.keys.len() < 2 * keys.len()) {
+            keys.extend(longer.keys);
             // It finds the two runs, and merges them.
-            run.sort();
+            keys.sort();
         }
-        run.dedup();
-        self.runs.push(run);
+        keys.dedup();
+        self.runs.push(Run::new(keys));
     }
 
     fn contains(&self, hash: &KeyHash) -> bool {
-        self.runs.iter().any(|run| run.get(place(run, hash)) == Some(hash))
+        self.runs.iter().any(|run| run.from(hash).first() == Some(hash))
     }
 
     fn any_covered(&self, prefix: KeyPrefix) -> bool {
-        self.runs.iter().any(|run| {
-            let first = place(run, prefix.first());
-            run.get(first).is_some_and(|hash| prefix.covers(hash))
-        })
+        let covered =
+            |run: &Run| run.from(prefix.first()).first().is_some_and(|hash| prefix.covers(hash));
+        self.runs.iter().any(covered)
     }
 }
 
-/// Where in a sorted run the first hash is that is not below this one. Hashes are spread evenly: it is looked for around where it
-/// would be if they were spread perfectly, which is off by the root of their number or so, in steps that double (interpolation
-/// and exponential search, Perl et al. 1978, Bentley and Yao 1976).
-fn place(run: &[KeyHash], hash: &KeyHash) -> usize {
-    let below = |at: usize| run.get(at).is_some_and(|other| other < hash);
-    let guess = (u128::from(hash.first_bits()) * run.len() as u128) >> 64;
-    let guess = usize::try_from(guess).unwrap_or(run.len());
-    let mut step = run.len().isqrt() / 2 + 1;
-    let (mut low, mut high) = (guess.saturating_sub(step), guess + step);
-    while low > 0 && !below(low) {
-        step *= 2;
-        low = low.saturating_sub(step);
+impl Run {
+    /// Of keys in their order, none twice.
+    fn new(keys: Vec<KeyHash>) -> Self {
+        let spans = keys.len() / SPAN + 1;
+        let mut starts = Vec::with_capacity(spans + 1);
+        for (key, at) in keys.iter().zip(0..) {
+            starts.resize(starts.len().max(span(key, spans) + 1), at);
+        }
+        starts.resize(spans + 1, u32::try_from(keys.len()).unwrap_or(u32::MAX));
+        Self { keys, starts }
     }
-    while below(high) {
-        step *= 2;
-        high += step;
+
+    /// The keys from the first one on that is not below this one.
+    fn from(&self, hash: &KeyHash) -> &[KeyHash] {
+        let span = span(hash, self.starts.len() - 1);
+        let place = |span: usize| self.starts.get(span).map_or(0, |at| *at as usize);
+        let (first, end) = (place(span), place(span + 1));
+        let below = |keys: &[KeyHash]| keys.partition_point(|key| key < hash);
+        let at = first + self.keys.get(first..end).map_or(0, below);
+        self.keys.get(at..).unwrap_or_default()
     }
-    let between = run.get(low..high.min(run.len())).unwrap_or_default();
-    low + between.partition_point(|other| other < hash)
+}
+
+/// In which of so many spans of all hashes one is.
+fn span(hash: &KeyHash, spans: usize) -> usize {
+    // Less than `spans`, since the hash is less than 1.
+    let span = (u128::from(hash.first_bits()) * spans as u128) >> 64;
+    usize::try_from(span).unwrap_or(0)
 }
 
 #[cfg(test)]
@@ -153,7 +179,7 @@ mod tests {
                         let prefix = KeyPrefix::new(&hash.as_bytes()[..6]).unwrap();
                         prop_assert_eq!(updated.any_covered(prefix), set.contains(&hash));
                     }
-                    prop_assert!(updated.runs.windows(2).all(|pair| pair[0].len() >= pair[1].len()));
+                    prop_assert!(updated.runs.windows(2).all(|pair| pair[0].keys.len() >= pair[1].keys.len()));
                 }
                 if updated.exceeds(40) {
                     prop_assert!(set.len() > 40);
@@ -204,10 +230,13 @@ mod tests {
         fn the_place_is_that_of_a_binary_search(numbers in proptest::collection::vec(any::<u128>(), 0..80), bits in 0..128_u32) {
             // Spread evenly, and crowded.
             let hash = |number: u128| KeyHash::from_bytes((number >> bits).to_be_bytes());
-            let mut run: Vec<KeyHash> = numbers.iter().copied().map(hash).collect();
-            run.sort_unstable();
+            let mut keys: Vec<KeyHash> = numbers.iter().copied().map(hash).collect();
+            keys.sort_unstable();
+            keys.dedup();
+            let run = Run::new(keys.clone());
             for number in numbers.iter().flat_map(|number| [*number, number.wrapping_add(1 << bits), !number]).map(hash) {
-                prop_assert_eq!(place(&run, &number), run.partition_point(|other| *other < number));
+                let place = keys.partition_point(|other| *other < number);
+                prop_assert_eq!(run.from(&number), &keys[place..]);
             }
         }
     }
