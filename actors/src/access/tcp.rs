@@ -14,8 +14,9 @@ use tokio::net::TcpStream;
 
 use super::{Access, Incoming, Listener, Stream};
 
-/// How many connections wait to be accepted. The system may allow fewer.
-const BACKLOG: i32 = 1024;
+/// How many connections wait to be accepted; the system may allow fewer. One that finds no room tries again a second later, and
+/// then two: that is how long a newcomer waited beside a thousand that come back whenever they are closed.
+const BACKLOG: i32 = 4096;
 
 /// Of how many bytes that were not sent yet a socket takes no more, where the system can say so: as many as are written at
 /// once ([`ServerConfig::flush_bytes`](crate::ServerConfig)). Otherwise the kernel holds megabytes for each follower that
