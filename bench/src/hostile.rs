@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 use anyhow::Context;
 use clap::ValueEnum as _;
 use serde_json::Value;
+use tablecast_actors::ServerConfig;
 use tablecast_bench::median;
 
 use crate::compare::load::Readers;
@@ -31,6 +32,9 @@ const IN_FLIGHT_BYTES: u64 = 256 << 10;
 
 /// The log is full then, and caches and buffers are warm.
 const WARM: Duration = Duration::from_secs(6);
+
+/// How long as many empty followers as a server repairs at once have themselves repaired before anything is measured.
+const REPAIRED: Duration = Duration::from_secs(2);
 
 /// What is not measured at the beginning of a turn.
 const CHANGE: Duration = Duration::from_millis(500);
@@ -67,11 +71,11 @@ pub(crate) struct Args {
 struct Hostile(Child);
 
 impl Hostile {
-    fn start(args: &Args, address: SocketAddr) -> anyhow::Result<Self> {
+    fn start(connections: u64, kind: Option<Kind>, address: SocketAddr) -> anyhow::Result<Self> {
         let mut command = Command::new(std::env::current_exe()?);
         command.arg("hostile-load").args(["--address", &address.to_string()]);
-        command.args(["--connections", &args.connections.to_string()]);
-        if let Some(kind) = args.kind.and_then(|kind| kind.to_possible_value()) {
+        command.args(["--connections", &connections.to_string()]);
+        if let Some(kind) = kind.and_then(|kind| kind.to_possible_value()) {
             command.args(["--kind", kind.get_name()]);
         }
         Ok(Self(command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn()?))
@@ -131,10 +135,9 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<Report> {
                 let cpu = (process::cpu_s(&pid)?, load_cpu()?);
                 let (start, before) = (Instant::now(), shared.delivered.load(Ordering::Relaxed));
                 std::thread::sleep(half / 2);
-                let connecting = Instant::now();
-                drop(follower::connect(address)?);
-                figures.connect_ms.push(connecting.elapsed().as_secs_f64() * 1e3);
-                std::thread::sleep((half / 2).saturating_sub(connecting.elapsed()));
+                let connect = connect_time(address, half / 2)?;
+                figures.connect_ms.push(connect.as_secs_f64() * 1e3);
+                std::thread::sleep((half / 2).saturating_sub(connect));
                 let delivered = shared.delivered.load(Ordering::Relaxed) - before;
                 let took = start.elapsed().as_secs_f64();
                 shared.phase.store(0, Ordering::Relaxed);
@@ -145,34 +148,59 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<Report> {
                 anyhow::Ok(())
             };
             std::thread::sleep(WARM);
+            let diffs_bytes = repair(address, &pid)?;
             let (mut quiet, mut hostile) = (Figures::default(), Figures::default());
             let mut done = Value::Null;
             for _ in 0..turns {
                 watch(&mut quiet, QUIET, None)?;
-                let load = Hostile::start(args, address)?;
+                let load = Hostile::start(args.connections, args.kind, address)?;
                 watch(&mut hostile, HOSTILE, Some(&load))?;
                 done = load.stop()?;
             }
-            Ok((quiet, hostile, done))
+            Ok((quiet, hostile, diffs_bytes, done))
         };
         let measuring = scope.spawn(measure);
         // A little longer than it is measured: it is more than enough of it, and ends what hangs.
-        let time = WARM + (half + CHANGE) * 2 * turns + CHANGE * 2;
+        let time = WARM + REPAIRED + (half + CHANGE) * 2 * turns + CHANGE * 2;
         let writes = match own.saturate(time, window, &told, delivered) {
             Ok(writes) => writes,
             Err(error) => return Err(readers.because(error)),
         };
         let measured = measuring.join().map_err(|_| anyhow::anyhow!("a thread panicked"))?;
         let seen = finish(&mut own, readers, writes)?;
-        let (quiet, hostile, done) = measured?;
+        let (quiet, hostile, diffs_bytes, done) = measured?;
         let ms = |phase, percent| rounded(seen.percentile(phase, percent) / 1e3);
         Ok(report(args, &quiet, &hostile)
             .with("quiet_p50_ms", ms(QUIET, 50))
             .with("quiet_p99_ms", ms(QUIET, 99))
             .with("hostile_p50_ms", ms(HOSTILE, 50))
             .with("hostile_p99_ms", ms(HOSTILE, 99))
+            .with("diffs_bytes", diffs_bytes)
             .with("done_in_last_turn", done))
     })
+}
+
+/// How long a newcomer waits for its Welcome; nobody waits for it longer than this.
+fn connect_time(address: SocketAddr, most: Duration) -> anyhow::Result<Duration> {
+    let start = Instant::now();
+    let (told, connected) = mpsc::channel();
+    // Whether somebody still waits for it is nothing to it.
+    std::thread::spawn(move || drop(told.send(follower::connect(address).map(drop))));
+    match connected.recv_timeout(most) {
+        Ok(connected) => connected.map(|()| start.elapsed()),
+        Err(_) => Ok(most),
+    }
+}
+
+/// As many honest newcomers are repaired as the server repairs at once: what memory that takes is not what those
+/// cost who mean harm.
+fn repair(address: SocketAddr, pid: &str) -> anyhow::Result<u64> {
+    let before = process::rss_bytes(pid)?;
+    let at_once = ServerConfig::default().diffs_at_once as u64;
+    let newcomers = Hostile::start(at_once, Some(Kind::Diffs), address)?;
+    std::thread::sleep(REPAIRED);
+    newcomers.stop()?;
+    Ok(process::rss_bytes(pid)?.saturating_sub(before))
 }
 
 fn report(args: &Args, quiet: &Figures, hostile: &Figures) -> Report {

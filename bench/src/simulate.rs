@@ -40,6 +40,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     let (totals, failure) = match args.seed {
         Some(seed) => {
             let mut totals = Totals::default();
+            #[allow(clippy::needless_update, reason = "there is more where rules can be broken")]
             let run = Run { seed, deliveries: args.deliveries, trace: true, ..Run::default() };
             let failure = run.run(&mut totals).err();
             (totals, failure)
