@@ -81,6 +81,18 @@ fn crates_depend_in_one_direction() {
 }
 
 #[test]
+fn what_is_depended_on_is_used() {
+    for folder in ["", "protocol/", "protocol/simulator/", "actors/", "demo/", "bench/"] {
+        let texts = sources(&format!("{folder}src")).into_iter();
+        let text: String = texts.map(|path| fs::read_to_string(path).unwrap()).collect();
+        for name in dependencies(&format!("{folder}Cargo.toml"), "[dependencies]") {
+            let path = format!("{}::", name.replace('-', "_"));
+            assert!(text.contains(&path), "{folder}src does not use {name}");
+        }
+    }
+}
+
+#[test]
 fn the_changelog_names_the_version() {
     let version = env!("CARGO_PKG_VERSION");
     assert!(read("CHANGELOG.md").contains(&format!("\n## {version}")));
