@@ -770,10 +770,11 @@ impl Session {
             self.check.take_if(|check| check.ours.is_some() && check.theirs.is_some())
         {
             self.outputs.push_back(Output::Send(ToServer::Verified { revision: mark, root }));
-            // A position that is known to be wrong is none, and a table that is equal is whole.
+            // A position that is known to be wrong is none, and a table that is equal is whole: not, if the store has
+            // refused what came behind the mark.
             let (equal, held) = (root == server_root, std::mem::take(&mut self.held));
             self.whole = (equal || self.broken.breaks(Mutation::UnequalKeepsPosition))
-                && (self.whole || held);
+                && (self.whole || held && !self.refused);
             let revision = mark;
             match of {
                 Some((diff, counts)) => self.outputs.push_back(Output::DiffDone {

@@ -326,7 +326,12 @@ impl World<'_> {
                     check(deletes > most, || format!("{deletes} are held"))?;
                     follower.changed |= follower.running.take().unwrap_or(false);
                     follower.allows = true;
-                    follower.want_diff(false);
+                    // Whoever is to say that it is meant may take a while.
+                    if self.rng.bool() {
+                        follower.want_diff(false);
+                    } else {
+                        follower.retry_diff(false, self.now + RETRY);
+                    }
                     self.fault(Fault::HeldDelete);
                 }
                 Output::DiffDone { root, server_root, .. } => {

@@ -1878,6 +1878,24 @@ fn the_client_says_what_was_held() {
 }
 
 #[test]
+fn roots_that_were_equal_make_nothing_whole_that_was_refused_since() {
+    for refused in [false, true] {
+        let mut end = announced(&server_tree(), 0, 0, 2);
+        end.message(held());
+        end.message(ToClient::Mark { revision: START });
+        if refused {
+            let message = to_client("Live", &end);
+            end.message(message);
+            end.act(client::Session::handle_refused);
+        }
+        let root = server_tree().root();
+        end.act(|session| session.handle_root(RootOf::Checkpoint(1), root));
+        end.message(ToClient::Verify { revision: START, root });
+        assert_eq!(end.session.position().is_none(), refused);
+    }
+}
+
+#[test]
 fn the_client_deletes_no_key_over_and_over() {
     // Where nothing is held, a prefix that half of a table begins with could be named in a byte a time.
     let tree = Tree::build((0..64_u32).map(|n| (n.to_be_bytes(), "1")));
