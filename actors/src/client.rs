@@ -19,6 +19,8 @@
 pub(crate) mod backoff;
 pub mod middleman;
 
+use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
@@ -26,11 +28,11 @@ use std::time::Duration;
 use actix::prelude::*;
 use actix_rt::ArbiterHandle;
 use tablecast_protocol::client::{Counts, DiffPhase, Output, Progress, RootOf, Session};
-use tablecast_protocol::diff::answer;
+use tablecast_protocol::diff::{Query, answer};
 use tablecast_protocol::server::Close;
 use tablecast_protocol::{
     Change, Correction, DecodeError, DiffId, Digest, Epoch, Hash, Key, Position, ProtocolError,
-    Reason, Replica, Revision, StoreError, ToClient, Tree, Way, scrub,
+    Reason, Replica, Revision, StoreError, ToClient, Tree, Value, Way, scrub,
 };
 use tokio::sync::{broadcast, oneshot};
 use tokio::time::Instant;
@@ -237,7 +239,43 @@ enum Timer {
     Middleman(ConnectionId),
 }
 
-/// Something that was computed elsewhere.
+/// What is long, and computed elsewhere.
+enum Work {
+    Root(RootOf, Tree),
+    Answer {
+        diff: DiffId,
+        tree: Tree,
+        query: Query,
+        max_bytes: usize,
+    },
+    /// A look through the store at a checkpoint.
+    Scrub(u64, Tree, Box<dyn Iterator<Item = Result<(Key, Value), StoreError>> + Send>),
+}
+
+/// A kind of [`Work`]. Of each one is done at a time: what is not waited for any more goes on until it is
+/// done all the same, and whoever makes this end begin another must not make it begin a hundred.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Kind {
+    /// The root with which a diff is asked for.
+    Diff,
+    /// The root at its end.
+    Mark,
+    Checkpoint,
+    Answer,
+}
+
+impl Work {
+    fn kind(&self) -> Kind {
+        match self {
+            Self::Root(RootOf::Diff(_), _) => Kind::Diff,
+            Self::Root(RootOf::Mark(_), _) => Kind::Mark,
+            Self::Root(RootOf::Checkpoint(_), _) | Self::Scrub(..) => Kind::Checkpoint,
+            Self::Answer { .. } => Kind::Answer,
+        }
+    }
+}
+
+/// What has come of [`Work`].
 #[derive(Debug, Message)]
 #[rtype(result = "()")]
 enum Computed {
@@ -245,6 +283,17 @@ enum Computed {
     Answer(ConnectionId, DiffId, Option<Result<tablecast_protocol::diff::Answer, ProtocolError>>),
     /// The root of what the store holds at a mark, and keys that the tree is wrong about.
     Scrubbed(ConnectionId, u64, Option<(Hash, Vec<Key>, Option<StoreError>)>),
+}
+
+impl Computed {
+    fn kind(&self) -> Kind {
+        match self {
+            Self::Root(_, RootOf::Diff(_), _) => Kind::Diff,
+            Self::Root(_, RootOf::Mark(_), _) => Kind::Mark,
+            Self::Root(_, RootOf::Checkpoint(_), _) | Self::Scrubbed(..) => Kind::Checkpoint,
+            Self::Answer(..) => Kind::Answer,
+        }
+    }
 }
 
 /// Who waits for a revision of a history, or for any.
@@ -309,6 +358,8 @@ pub struct Client {
     /// What the sessions' time is counted from.
     born: Instant,
     budget: Budget,
+    /// What is computed elsewhere, and what is to be behind it: the newest, for nobody waits for those before.
+    work: BTreeMap<Kind, Option<(ConnectionId, Work)>>,
     timer: Option<Later>,
     /// The next one of those diffs that are from time to time.
     next_diff: Option<Later>,
@@ -367,6 +418,7 @@ impl Client {
             changed: false,
             born: Instant::now(),
             budget: Budget::default(),
+            work: BTreeMap::new(),
             timer: None,
             next_diff: None,
             due: None,
@@ -466,27 +518,29 @@ impl Client {
                 Output::CaughtUp(revision) => debug!(%revision, "caught up"),
                 Output::Repair { diff, changes } => self.repair(diff, changes),
                 Output::Answer { diff, tree, query, max_bytes } => {
-                    let answer = compute(move || answer(&tree, &query, max_bytes));
-                    let message = move |answer| Computed::Answer(connection, diff, answer);
-                    computed(answer, message, ctx);
+                    let work = Work::Answer { diff, tree, query, max_bytes };
+                    self.compute(connection, work, ctx);
                 }
                 Output::Root(diff, tree) => {
-                    self.compute_root(connection, RootOf::Diff(diff), tree, ctx);
+                    self.compute(connection, Work::Root(RootOf::Diff(diff), tree), ctx);
                 }
                 Output::Progress(progress) => self.progress(progress),
                 Output::Held { writes, deletes, keys, .. } => {
                     self.held(writes, deletes, keys, ctx);
                 }
-                Output::Checkpoint(number) if self.config.scrub => {
-                    self.scrub(connection, number, ctx);
-                }
                 Output::Checkpoint(number) => {
                     let tree = self.replica.tree().clone();
-                    self.compute_root(connection, RootOf::Checkpoint(number), tree, ctx);
+                    let work = if self.config.scrub {
+                        // Both of this moment.
+                        Work::Scrub(number, tree, self.replica.reader().snapshot())
+                    } else {
+                        Work::Root(RootOf::Checkpoint(number), tree)
+                    };
+                    self.compute(connection, work, ctx);
                 }
                 Output::Mark(revision) => {
                     let tree = self.replica.tree().clone();
-                    self.compute_root(connection, RootOf::Mark(revision), tree, ctx);
+                    self.compute(connection, Work::Root(RootOf::Mark(revision), tree), ctx);
                 }
                 Output::DiffDone { counts, revision, root, server_root, .. } => {
                     self.diff_done(counts, revision, root, server_root, ctx);
@@ -529,26 +583,15 @@ impl Client {
         }
     }
 
-    fn compute_root(&self, connection: ConnectionId, of: RootOf, tree: Tree, ctx: &Context<Self>) {
-        computed(root_of(tree), move |root| Computed::Root(connection, of, root), ctx);
-    }
-
-    /// Looks the store through at a mark, and computes the root of what is there.
-    fn scrub(&self, connection: ConnectionId, checkpoint: u64, ctx: &Context<Self>) {
-        // Both of this moment.
-        let (mut tree, entries) = (self.replica.tree().clone(), self.replica.reader().snapshot());
-        let scrub = move || {
-            let (found, error) = scrub(&tree, entries, SCRUBBED_KEYS);
-            for Correction { key, entry } in &found {
-                match entry {
-                    Some(entry) => tree.insert_entry(entry.clone()),
-                    None => tree.remove(key),
-                };
+    /// Computes this elsewhere, when what is computed of its kind is done.
+    fn compute(&mut self, connection: ConnectionId, work: Work, ctx: &Context<Self>) {
+        match self.work.entry(work.kind()) {
+            Entry::Occupied(mut next) => drop(next.insert(Some((connection, work)))),
+            Entry::Vacant(idle) => {
+                idle.insert(None);
+                begin(connection, work, ctx);
             }
-            (tree.root(), found.into_iter().map(|found| found.key).collect(), error)
-        };
-        let message = move |scrubbed| Computed::Scrubbed(connection, checkpoint, scrubbed);
-        computed(compute(scrub), message, ctx);
+        }
     }
 
     /// These keys have been changed behind this actor's back: the tree is told what is there now. That
@@ -972,6 +1015,33 @@ impl Client {
     }
 }
 
+/// Its result comes as a message.
+fn begin(connection: ConnectionId, work: Work, ctx: &Context<Client>) {
+    match work {
+        Work::Root(of, tree) => {
+            computed(root_of(tree), move |root| Computed::Root(connection, of, root), ctx);
+        }
+        Work::Answer { diff, tree, query, max_bytes } => {
+            let answer = compute(move || answer(&tree, &query, max_bytes));
+            computed(answer, move |answer| Computed::Answer(connection, diff, answer), ctx);
+        }
+        Work::Scrub(checkpoint, mut tree, entries) => {
+            let scrub = move || {
+                let (found, error) = scrub(&tree, entries, SCRUBBED_KEYS);
+                for Correction { key, entry } in &found {
+                    match entry {
+                        Some(entry) => tree.insert_entry(entry.clone()),
+                        None => tree.remove(key),
+                    };
+                }
+                (tree.root(), found.into_iter().map(|found| found.key).collect(), error)
+            };
+            let message = move |scrubbed| Computed::Scrubbed(connection, checkpoint, scrubbed);
+            computed(compute(scrub), message, ctx);
+        }
+    }
+}
+
 impl fmt::Debug for Client {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Client")
@@ -1261,6 +1331,11 @@ impl Handler<Computed> for Client {
     type Result = ();
 
     fn handle(&mut self, computed: Computed, ctx: &mut Context<Self>) {
+        if let Some(Some((connection, next))) = self.work.remove(&computed.kind())
+            && self.session(connection).is_some()
+        {
+            self.compute(connection, next, ctx);
+        }
         match computed {
             Computed::Root(connection, of, root) => {
                 if let Some(session) = self.session(connection) {

@@ -6,7 +6,9 @@ use std::time::Duration;
 
 use tablecast_actors::protocol::{Key, MemoryStore, Value};
 
+mod abandoned;
 mod busy;
+mod by_hand;
 mod connection;
 mod stop;
 mod storm;
