@@ -117,9 +117,9 @@ impl Client {
     /// that follows is held again.
     ///
     /// # Errors
-    /// If the follower has been stopped.
+    /// If the follower has been stopped, or is not connected: the next server may be another one.
     pub async fn allow_mass_delete(&self) -> Result<(), Error> {
-        Ok(self.actor.send(actors::AllowMassDelete).await?)
+        Ok(self.actor.send(actors::AllowMassDelete).await??)
     }
 
     /// Waits until the table holds every change up to a position, such as that of a write: then whoever

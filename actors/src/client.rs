@@ -12,7 +12,8 @@
 //! | [`Diff`] | how the diff ended | user |
 //! | [`WaitFor`], [`WaitReady`] | when the table has reached a revision, or lacks nothing | user |
 //! | [`GetStatus`], [`Subscribe`] | what is asked for | user |
-//! | [`ContinueFrom`], [`AllowMassDelete`] | at once | user |
+//! | [`ContinueFrom`] | at once | user |
+//! | [`AllowMassDelete`] | at once: whether there is a connection | user |
 //! | [`Stop`] | where the table stood, when the connection has been told farewell | user |
 //! | `LinkUp`, `LinkDown`, `Unreached`, `Received`, `Heard`, `Malformed` | | Middleman |
 
@@ -31,8 +32,8 @@ use tablecast_protocol::client::{Counts, DiffPhase, Output, Progress, RootOf, Se
 use tablecast_protocol::diff::{Query, answer};
 use tablecast_protocol::server::Close;
 use tablecast_protocol::{
-    Change, Correction, DecodeError, DiffId, Digest, Epoch, Hash, Key, Position, ProtocolError,
-    Reason, Replica, Revision, StoreError, ToClient, Tree, Value, Way, scrub,
+    Change, Correction, DiffId, Digest, Epoch, Hash, Key, Position, ProtocolError, Reason, Replica,
+    Revision, StoreError, ToClient, Tree, Value, Way, scrub,
 };
 use tokio::sync::{broadcast, oneshot};
 use tokio::time::Instant;
@@ -42,7 +43,7 @@ use crate::access::Access;
 use crate::budget::{Budget, Later, computed, later};
 use crate::compute::compute;
 use crate::config::ClientConfig;
-use crate::error::{DiffAborted, DiffError, WaitError};
+use crate::error::{AccessError, DiffAborted, DiffError, WaitError};
 use crate::metrics;
 use crate::server::root_of;
 use crate::status::{ClientStatus, DiffOutcome, DiffReport, Health};
@@ -106,9 +107,9 @@ pub struct Subscribe;
 pub struct ContinueFrom(pub Position);
 
 /// The repair that is held, or would be, is meant, from the server of the connection at hand: diff at once,
-/// and let that delete whatever it finds.
+/// and let that delete whatever it finds. Refused without a connection: the next server may be another one.
 #[derive(Debug, Message)]
-#[rtype(result = "()")]
+#[rtype(result = "Result<(), DiffError>")]
 pub struct AllowMassDelete;
 
 /// Says farewell to the server and ends. Answered with where the table stands; `None` if something may be
@@ -218,7 +219,7 @@ pub(crate) struct Heard(pub(crate) ConnectionId);
 /// No message came, but bytes.
 #[derive(Debug, Message)]
 #[rtype(result = "()")]
-pub(crate) struct Malformed(pub(crate) ConnectionId, pub(crate) DecodeError);
+pub(crate) struct Malformed(pub(crate) ConnectionId, pub(crate) AccessError);
 
 /// The Middleman has ended without being told to; its last connection.
 #[derive(Debug, Message)]
@@ -951,7 +952,7 @@ impl Client {
             name: self.config.name.clone(),
             server: self.access.address(),
             connected: stream.is_some(),
-            disconnected: self.disconnected.clone().filter(|_| stream.is_none()),
+            disconnected: self.disconnected.as_ref().filter(|_| stream.is_none()).cloned(),
             state: session.map_or("Disconnected", Session::state).into(),
             health,
             way: self.way,
@@ -1167,12 +1168,15 @@ impl Handler<ContinueFrom> for Client {
 }
 
 impl Handler<AllowMassDelete> for Client {
-    type Result = ();
+    type Result = Result<(), DiffError>;
 
-    fn handle(&mut self, _: AllowMassDelete, ctx: &mut Context<Self>) {
+    fn handle(&mut self, _: AllowMassDelete, ctx: &mut Context<Self>) -> Self::Result {
+        let session = self.link.as_ref().map(|(_, session)| session);
+        session.and_then(Session::stream).ok_or(DiffError::Disconnected)?;
         self.allowed = true;
         self.want_diff(false);
         self.begin_diff(ctx);
+        Ok(())
     }
 }
 
@@ -1255,6 +1259,11 @@ impl Handler<Received> for Client {
             session.handle_message(message, now);
         }
         self.drive(ctx);
+        // In which this end did not listen, the server was not silent.
+        let now = self.now();
+        if let Some(session) = self.session(connection) {
+            session.handle_heard(now);
+        }
     }
 }
 
@@ -1311,7 +1320,11 @@ impl Handler<Malformed> for Client {
 
     fn handle(&mut self, Malformed(connection, error): Malformed, ctx: &mut Context<Self>) {
         if let Some(session) = self.session(connection) {
-            session.handle_malformed(&error);
+            if let AccessError::Decode(error) = error {
+                session.handle_malformed(&error);
+            } else {
+                session.handle_close(Reason::Protocol, error.to_string());
+            }
         }
         self.drive(ctx);
     }

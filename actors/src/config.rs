@@ -111,7 +111,8 @@ pub struct ClientConfig {
     /// time to time, so that what was changed behind the follower's back is found: yes. It costs a hash of
     /// every value, on a thread of its own.
     pub scrub: bool,
-    /// How many bytes of frames may wait to be applied: 4 MiB. Then nothing more is read.
+    /// About how many bytes of messages may wait to be applied, as they are in memory: 4 MiB, which is 1.4 MiB of changes of 64 bytes. Then
+    /// nothing more is read.
     pub inbox_bytes: usize,
     /// How many events a subscriber may lag behind: 1,024. Then it is told how many it missed.
     pub event_capacity: usize,

@@ -60,7 +60,7 @@ use crate::error::{DecodeError, ProtocolError};
 use crate::heartbeat::{Beat, Heartbeat, HeartbeatConfig};
 use crate::limits::{FRAME_OVERHEAD, HANDSHAKE_FRAME_BYTES, Limits};
 use crate::message::{
-    AbortReason, DiffId, NAME_BYTES, Reason, TEXT_BYTES, ToClient, ToServer, Way, clip,
+    AbortReason, DiffId, NAME_BYTES, Reason, TEXT_BYTES, ToClient, ToServer, Way, clip, said,
 };
 use crate::mutation::{Broken, Mutation};
 use crate::position::{Chain, ChainTag, Digest, Epoch, Position, Revision};
@@ -406,7 +406,7 @@ impl Session {
                 | State::PostDiff { .. },
                 ToClient::Farewell { reason, text },
             ) => {
-                self.outputs.push_back(Output::Close(Close::Peer { reason, text }));
+                self.outputs.push_back(Output::Close(Close::Peer { reason, text: said(&text) }));
                 return Ok(());
             }
             (state, ToClient::Ping {}) => {

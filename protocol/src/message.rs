@@ -433,6 +433,12 @@ pub(crate) fn clip(text: &str, max: usize) -> &str {
     text.get(..text.floor_char_boundary(max)).unwrap_or(text)
 }
 
+/// A peer's text as it is kept: cut off, and without what would do something to a terminal or forge a line in a log.
+pub(crate) fn said(text: &str) -> String {
+    let line = |char: char| if char.is_control() { ' ' } else { char };
+    clip(text, TEXT_BYTES).chars().map(line).collect()
+}
+
 codes! {
     /// How a follower is brought to where the server is: by what it missed, or by a diff, and why.
     Way, None, {

@@ -70,7 +70,9 @@ use crate::limits::Limits;
 #[cfg(doc)]
 use crate::log::Missed;
 use crate::log::{Chunk, FollowerId, Log, Next, Shortened};
-use crate::message::{AbortReason, DiffId, Reason, TEXT_BYTES, ToClient, ToServer, Way, clip};
+use crate::message::{
+    AbortReason, DiffId, Reason, TEXT_BYTES, ToClient, ToServer, Way, clip, said,
+};
 use crate::mutation::{Broken, Mutation};
 use crate::position::{Chain, Position, Revision};
 use crate::table::Values;
@@ -449,7 +451,7 @@ pub enum Close {
     Peer {
         /// Its reason.
         reason: Reason,
-        /// Its text.
+        /// Its text: 1,024 bytes of it at the most, with a space for each control character.
         text: String,
     },
     /// This end says so.
@@ -598,7 +600,7 @@ impl Session {
             (state, ToServer::Pong {}) => state,
             (_, ToServer::Farewell { reason, text }) => {
                 self.control.clear();
-                self.events.push_back(Event::Close(Close::Peer { reason, text }));
+                self.events.push_back(Event::Close(Close::Peer { reason, text: said(&text) }));
                 State::Closed
             }
             (State::Subscribing(_) | State::CatchUp(_), _) | (_, ToServer::Hello { .. }) => {

@@ -372,6 +372,13 @@ async fn a_server_that_came_up_empty_empties_nobody() {
     assert_eq!(client.status().await.unwrap().health, Health::Ready);
     let served = server.followers().await.unwrap()[0].last_diff.unwrap();
     assert_eq!((served.aborted, served.served.deletes), (None, 2999));
+
+    // Whoever comes next is another server.
+    server.stop().await;
+    let gone = |event: &Event| matches!(event, Event::Disconnected(_)).then_some(());
+    event(&mut events, gone).await;
+    let refused = client.allow_mass_delete().await.unwrap_err();
+    assert!(matches!(refused, Error::Diff(DiffError::Disconnected)), "{refused}");
 }
 
 #[actix_rt::test]

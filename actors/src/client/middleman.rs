@@ -32,6 +32,23 @@ const LONG_PAUSE: Duration = Duration::from_secs(1);
 /// What [`Heard`] counts for among bytes that wait.
 pub(crate) const HEARD_BYTES: usize = 1;
 
+/// What a message takes in the Client's mailbox beside its frame's bytes, and what each of its changes takes.
+const MESSAGE_BYTES: usize = 256;
+const CHANGE_BYTES: usize = 128;
+
+/// What a message takes while it waits. Small ones are many times as large as on the wire.
+fn waiting_bytes(frame: usize, message: &ToClient) -> usize {
+    let changes = if let ToClient::Live { changes, .. }
+    | ToClient::CatchUp { changes, .. }
+    | ToClient::Repair { writes: changes, .. } = message
+    {
+        changes.0.len()
+    } else {
+        0
+    };
+    frame + MESSAGE_BYTES + changes * CHANGE_BYTES
+}
+
 /// How many frames are read before others on this arbiter have their turn.
 const TURNS: usize = 32;
 
@@ -47,7 +64,7 @@ pub(crate) enum Command {
     Connect,
     /// Send this.
     Send(ConnectionId, ToServer),
-    /// So many bytes of frames have been worked off.
+    /// So many bytes of messages have been worked off.
     Done(ConnectionId, usize),
     /// The connection ends; what was to be sent goes out first.
     Close(ConnectionId, Close),
@@ -72,8 +89,10 @@ struct Link {
     framed: Framed,
     /// When the handshake was through.
     welcomed: Option<Instant>,
-    /// Bytes of frames that the Client has not worked off.
+    /// Bytes of messages that the Client has not worked off.
     waiting: usize,
+    /// Where the last Pong ends in all that is written.
+    pong: u64,
     /// Both directions, when the last `SyncReq` was queued.
     base: (u64, u64),
     /// Since when nothing is read, because the table does not keep up.
@@ -132,9 +151,16 @@ impl Middleman {
         if let Some(token) = &self.config.token {
             framed.queue(token.frame());
         }
-        let (welcomed, paused) = (None, None);
-        let (waiting, base, malformed, closing) = (0, (0, 0), false, false);
-        self.link = Some(Link { framed, welcomed, waiting, base, paused, malformed, closing });
+        self.link = Some(Link {
+            framed,
+            welcomed: None,
+            waiting: 0,
+            pong: 0,
+            base: (0, 0),
+            paused: None,
+            malformed: false,
+            closing: false,
+        });
         self.client.do_send(LinkUp(self.connection));
     }
 
@@ -201,39 +227,51 @@ impl Middleman {
                 return Ok(false);
             }
             link.paused = None;
-            let Poll::Ready(frame) = link.framed.poll_frame(cx)? else {
+            let Poll::Ready(frame) = link.framed.poll_frame(cx) else {
                 if link.framed.received > before {
                     link.heard(connection, &self.client);
                 }
                 return Ok(false);
             };
-            let frame = frame.ok_or(AccessError::Closed)?;
+            let frame = match frame {
+                Err(error @ AccessError::FrameTooLong { .. }) => {
+                    link.malformed = true;
+                    self.client.do_send(Malformed(connection, error));
+                    return Ok(false);
+                }
+                frame => frame?.ok_or(AccessError::Closed)?,
+            };
             match wire::decode::<ToClient>(&frame, &self.config.limits) {
                 // Answered here: the Client may be busy applying, and is alive all the same.
                 Ok(ToClient::Ping {}) => {
-                    link.framed.queue(wire::encode(&ToServer::Pong {}));
+                    // One is enough for however many were asked.
+                    if link.framed.sent >= link.pong {
+                        link.framed.queue(wire::encode(&ToServer::Pong {}));
+                        link.pong = link.framed.end();
+                    }
                     link.heard(connection, &self.client);
                 }
+                Ok(ToClient::Pong {}) => link.heard(connection, &self.client),
                 Ok(message) => {
                     if matches!(message, ToClient::Welcome { .. }) {
                         link.framed.set_max_frame_bytes(self.config.limits.frame_bytes);
                         link.welcomed = Some(Instant::now());
                     }
-                    link.waiting += frame.len();
+                    let bytes = waiting_bytes(frame.len(), &message);
+                    link.waiting += bytes;
                     let (sent, received) = link.base;
                     let traffic = Traffic {
                         sent: link.framed.sent.saturating_sub(sent),
                         received: link.framed.decoded().saturating_sub(received),
                     };
                     let total = Traffic { sent: link.framed.sent, received: link.framed.decoded() };
-                    let bytes = frame.len();
                     let received = Received { connection, message, bytes, traffic, total };
                     self.client.do_send(received);
                 }
                 Err(error) => {
                     // The session says goodbye, and why.
                     link.malformed = true;
-                    self.client.do_send(Malformed(connection, error));
+                    self.client.do_send(Malformed(connection, error.into()));
                     return Ok(false);
                 }
             }

@@ -6,10 +6,10 @@ use std::time::Duration;
 
 use tablecast_actors::protocol::{Key, MemoryStore, Value};
 
-mod abandoned;
 mod busy;
 mod by_hand;
 mod connection;
+mod hostile;
 mod stop;
 mod storm;
 mod strangers;

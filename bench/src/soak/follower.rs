@@ -263,7 +263,8 @@ async fn tell(client: Client) -> anyhow::Result<()> {
             Ok(Event::FellBehind(_)) => Told::FellBehind,
             Ok(Event::Diverged { .. }) => Told::Diverged,
             Ok(Event::Held { .. }) => {
-                client.allow_mass_delete().await?;
+                // If the connection has gone meanwhile, it is held again.
+                client.allow_mass_delete().await.ok();
                 Told::Held
             }
             Ok(Event::Corrupt { .. }) => Told::Corrupt,

@@ -1846,6 +1846,20 @@ fn closes_on_too_much(end: &ClientEnd, why: &str) {
 }
 
 #[test]
+fn what_a_peer_says_is_one_line_and_not_long() {
+    let text = format!("\u{1b}[2Jgone\n{}", "é".repeat(1000));
+    let reason = Reason::Stopping;
+    let kept = format!(" [2Jgone {}", "é".repeat(507));
+    let peer = Close::Peer { reason, text: kept };
+    let mut end = client_stage("relay");
+    end.message(ToClient::Farewell { reason, text: text.clone() });
+    assert_eq!(end.outputs, [Output::Close(peer.clone())]);
+    let mut end = server_stage("relay");
+    end.message(ToServer::Farewell { reason, text });
+    assert_eq!(end.events, [Event::Close(peer)]);
+}
+
+#[test]
 fn the_client_says_what_was_held() {
     for (allowed, deletes) in [(0, 1), (6, 7), (6, u64::MAX)] {
         let mut end = announced(&follower_tree(), allowed, 5, deletes);

@@ -1,4 +1,4 @@
-//! A server that makes its follower compute what it does not wait for.
+//! A server that means harm.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, mpsc};
@@ -7,9 +7,11 @@ use actix::prelude::*;
 use tablecast_actors::ClientConfig;
 use tablecast_actors::client::{Client, GetStatus, Ready};
 use tablecast_actors::protocol::{
-    Chain, Change, Key, MemoryStore, Reader, Replica, Revision, Store, StoreError, ToClient,
-    ToServer, Value,
+    Chain, Change, Key, MemoryStore, Reader, Reason, Replica, Revision, Store, StoreError,
+    ToClient, ToServer, Value,
 };
+
+use tokio::io::AsyncWriteExt;
 
 use crate::by_hand::{by_hand, read, welcome, write};
 use crate::filled;
@@ -103,4 +105,19 @@ async fn a_table_is_looked_through_once_at_a_time_whatever_a_server_says() {
     // The one that is read, and the newest.
     assert_eq!(most, 2, "snapshots at once");
     assert_eq!(client.send(GetStatus).await.unwrap().verified, Some(Revision::ZERO));
+}
+
+#[actix_rt::test]
+async fn a_frame_that_is_too_long_is_told() {
+    let (access, mut connected) = by_hand();
+    let replica = Replica::open(MemoryStore::new()).unwrap();
+    let client = Client::new(replica, access, ClientConfig::default()).start();
+    client.send(Ready).await.unwrap();
+    let mut stream = welcome(&mut connected).await;
+    let asked = read(&mut stream).await;
+    assert!(matches!(asked, ToServer::SyncReq { .. }), "{asked:?}");
+    stream.write_u32(u32::MAX).await.unwrap();
+    let ToServer::Farewell { reason, text } = read(&mut stream).await else { panic!() };
+    assert_eq!(reason, Reason::Protocol);
+    assert!(text.contains("4294967295 bytes") && text.contains("9437184"), "{text}");
 }
