@@ -71,7 +71,7 @@ pub(super) struct Serve {
     #[arg(long, value_name = "FILE", requires = "tls_cert")]
     pub(super) tls_ca: Option<PathBuf>,
     /// Listen for anybody, where others than this machine reach the address, without --token-file or
-    /// --tls-ca
+    /// --tls-ca; and answer HTTP there, which asks nobody who they are
     #[arg(long)]
     pub(super) insecure: bool,
     /// How long followers have to read what is left for them when a signal comes. A second signal ends it
@@ -133,7 +133,8 @@ pub(super) struct Follow {
     #[arg(long, value_name = "SECONDS", default_value = "30", value_parser = seconds)]
     pub(super) timeout: Duration,
     /// Write the table to FILE when leaving, sorted by key, whole or not at all. With --once only if
-    /// a diff was done. Exit code 1 if that fails
+    /// a diff was done, else only if nothing is missing, as it is in the middle of a diff. Exit code 1
+    /// if it is not written
     #[arg(long, value_name = "FILE")]
     pub(super) dump: Option<PathBuf>,
     /// Keep the place in the server's history in FILE.position beside --dump, and present the one
@@ -153,6 +154,9 @@ pub(super) struct Follow {
     /// Do not look the table through for what was changed behind the follower's back
     #[arg(long)]
     pub(super) no_scrub: bool,
+    /// Answer HTTP where others than this machine reach the address: it asks nobody who they are
+    #[arg(long, requires = "http")]
+    pub(super) insecure: bool,
     /// Where to answer HTTP; port 0 is one that is free. Exit code 1 if that cannot be
     #[arg(long, value_name = "HOST:PORT", value_parser = host_port)]
     pub(super) http: Option<String>,

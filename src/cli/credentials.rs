@@ -1,6 +1,6 @@
 //! What the ends show each other: tokens and certificates, from files.
 
-use std::net::ToSocketAddrs;
+use std::net::{SocketAddr, ToSocketAddrs};
 use std::path::Path;
 use std::sync::Arc;
 
@@ -48,12 +48,17 @@ pub(super) fn tls(args: &Serve) -> Result<Option<Arc<rustls::ServerConfig>>, Fai
     Ok(Some(config.context("TLS").map_err(Failure::Input)?))
 }
 
-/// Whoever reaches the address would have the table: that is refused, unless it is meant.
+/// Whoever reaches the address would have the table: that is refused, unless it is meant. Before anything is
+/// done: an address that is none is said to be so when it is listened at.
 pub(super) fn check(args: &Serve) -> Result<(), Failure> {
-    let asks = args.token_file.is_some() || args.tls_ca.is_some();
-    // An address that is none is said to be so when it is listened at.
     let mut addresses = args.listen.to_socket_addrs().into_iter().flatten();
-    if asks || args.insecure || addresses.all(|at| at.ip().to_canonical().is_loopback()) {
+    addresses.try_for_each(|at| check_at(args, &at))
+}
+
+/// The same of the address at which it is listened.
+pub(super) fn check_at(args: &Serve, at: &SocketAddr) -> Result<(), Failure> {
+    let asks = args.token_file.is_some() || args.tls_ca.is_some();
+    if asks || args.insecure || is_local(at) {
         return Ok(());
     }
     Err(Failure::Input(anyhow!(
@@ -61,6 +66,11 @@ pub(super) fn check(args: &Serve) -> Result<(), Failure> {
          or say that it is meant (--insecure)",
         args.listen
     )))
+}
+
+/// Only this machine reaches it.
+pub(super) fn is_local(at: &SocketAddr) -> bool {
+    at.ip().to_canonical().is_loopback()
 }
 
 fn read(path: &Path) -> Result<Vec<u8>, Failure> {

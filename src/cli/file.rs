@@ -13,9 +13,12 @@ use crate::{Key, Limits, MemoryStore, Reader, Value};
 
 const BUFFER_BYTES: usize = 256 << 10;
 
-/// The table of a file, or an empty one without. What cannot be read is [`Failure::Input`].
-pub(super) fn load(path: Option<&Path>) -> Result<MemoryStore, Failure> {
-    let Some(path) = path else { return Ok(MemoryStore::new()) };
+/// The table of a file, or an empty one without, as it is before the first dump to the same file. What cannot be
+/// read is [`Failure::Input`].
+pub(super) fn load(path: Option<&Path>, dump: Option<&Path>) -> Result<MemoryStore, Failure> {
+    let Some(path) = path.filter(|path| dump != Some(path) || path.exists()) else {
+        return Ok(MemoryStore::new());
+    };
     let entries = Entries::open(path).map_err(Failure::Input)?;
     entries.collect::<anyhow::Result<_>>().map_err(Failure::Input)
 }
@@ -119,20 +122,41 @@ impl Dump {
         &self,
         write: impl FnOnce(&mut dyn Write) -> io::Result<()>,
     ) -> anyhow::Result<()> {
+        let old = self.target.metadata().ok();
         let mut builder = tempfile::Builder::new();
         builder.prefix(".tablecast-");
-        // Like any new file: the umask takes from it.
+        // Like any new file, if it is one: the umask takes from it. Until all is in it nobody else reads one that
+        // is to be as private as the old one.
         #[cfg(unix)]
-        builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
+        if old.is_none() {
+            builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
+        }
         let file = builder.tempfile_in(&self.directory)?;
         let mut out = BufWriter::with_capacity(BUFFER_BYTES, file);
         write(&mut out)?;
         out.flush()?;
         let file = out.into_inner()?;
+        if let Some(old) = old {
+            file.as_file().set_permissions(old.permissions())?;
+        }
         file.as_file().sync_all()?;
         file.persist(&self.target).map_err(|error| error.error)?;
+        sync(&self.directory)?;
         Ok(())
     }
+}
+
+/// What has been renamed or removed in a directory is so after a power cut, too.
+#[cfg(unix)]
+pub(super) fn sync(directory: &Path) -> io::Result<()> {
+    File::open(directory)?.sync_all()
+}
+
+/// Elsewhere a directory is no file.
+#[cfg(not(unix))]
+#[expect(clippy::unnecessary_wraps, reason = "the same face as where it can fail")]
+pub(super) fn sync(_: &Path) -> io::Result<()> {
+    Ok(())
 }
 
 #[cfg(test)]
@@ -157,7 +181,7 @@ mod tests {
                 .map(|(key, value)| (Key::from(key), Value::from(value)))
                 .collect();
         Dump::at(&path).unwrap().write(&*table.reader()).unwrap();
-        let loaded = load(Some(&path)).unwrap();
+        let loaded = load(Some(&path), None).unwrap();
         let entries = |store: &MemoryStore| -> Vec<_> {
             store.reader().snapshot().map(Result::unwrap).collect()
         };
@@ -169,6 +193,29 @@ mod tests {
     }
 
     #[test]
+    fn before_the_first_dump_there_is_nothing_to_load() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("table");
+        assert_eq!(load(Some(&path), Some(&path)).unwrap().len().unwrap(), 0);
+        failure(load(Some(&path), Some(directory.path())));
+        std::fs::write(&path, "{").unwrap();
+        failure(load(Some(&path), Some(&path)));
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn a_private_file_stays_private() {
+        use std::os::unix::fs::PermissionsExt as _;
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("table");
+        let mode = || std::fs::metadata(&path).unwrap().permissions().mode() & 0o777;
+        std::fs::write(&path, "").unwrap();
+        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o640)).unwrap();
+        Dump::at(&path).unwrap().write(&*MemoryStore::new().reader()).unwrap();
+        assert_eq!(mode(), 0o640);
+    }
+
+    #[test]
     fn the_last_of_equal_keys_counts() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("table");
@@ -176,7 +223,7 @@ mod tests {
         std::fs::write(&path, lines).unwrap();
         let mut expected = MemoryStore::new();
         expected.apply(&[Change::write("k", "2")]).unwrap();
-        let loaded = load(Some(&path)).unwrap();
+        let loaded = load(Some(&path), None).unwrap();
         assert_eq!(loaded.get(b"k").unwrap(), expected.get(b"k").unwrap());
         assert_eq!(loaded.len().unwrap(), 1);
     }
@@ -186,14 +233,15 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("table");
         assert!(
-            failure(load(Some(&path))).starts_with(&format!("cannot read {}: ", path.display()))
+            failure(load(Some(&path), None))
+                .starts_with(&format!("cannot read {}: ", path.display()))
         );
         let name = format!("{}:1: ", directory.path().display());
-        assert!(failure(load(Some(directory.path()))).starts_with(&name));
+        assert!(failure(load(Some(directory.path()), None)).starts_with(&name));
         let long = format!("{{\"key\":\"{}\",\"value\":\"\"}}\n", "k".repeat((64 << 10) + 1));
         std::fs::write(&path, format!("{{\"key\":\"k\",\"value\":\"1\"}}\n\n{long}")).unwrap();
         let why = "3: key of 65537 bytes is above the limit of 65536";
-        assert_eq!(failure(load(Some(&path))), format!("{}:{why}", path.display()));
+        assert_eq!(failure(load(Some(&path), None)), format!("{}:{why}", path.display()));
     }
 
     #[test]

@@ -43,7 +43,7 @@ enum Left {
 
 pub(super) async fn run(args: &Follow, output: &Output) -> Result<ExitCode, Failure> {
     let dump = args.dump.as_deref().map(Dump::at).transpose()?;
-    let store = file::load(args.load.as_deref())?;
+    let store = file::load(args.load.as_deref(), args.dump.as_deref())?;
     let mut signals = Signals::new()?;
     let position = position(args, &store, output).await;
     let access = credentials::access(&args.connect, &args.credentials)?;
@@ -53,7 +53,8 @@ pub(super) async fn run(args: &Follow, output: &Output) -> Result<ExitCode, Fail
         client.continue_from(position).await?;
     }
     let http = args.http.as_deref();
-    let http = http.map(|address| Http::start(address, Table::Follower(client.clone())));
+    let table_of = || Table::Follower(client.clone());
+    let http = http.map(|address| Http::start(address, args.insecure, table_of()));
     let http = http.transpose()?;
     if let Some(http) = &http {
         // Nobody reads it: then that is noticed at the next event.
@@ -74,13 +75,22 @@ pub(super) async fn run(args: &Follow, output: &Output) -> Result<ExitCode, Fail
     if let Some(http) = http {
         http.stop().await;
     }
+    let connects = client.status().await.map(|status| status.connects);
     // It is of no consequence here if the farewell does not get through.
     let position = tokio::time::timeout(STOP_TIMEOUT, client.stop()).await.ok().flatten();
     let left = left?;
-    // A table that was to be compared and was not is none to be taken for the server's.
     if let (Some(dump), Some(path)) = (dump, &args.dump)
         && (!args.once || matches!(left, Left::Done { .. }))
     {
+        // A table in the middle of a diff is none that there ever was, and an empty one need not be the server's: the file may
+        // hold the last whole one. What was loaded, and is as it was, may be written.
+        let loaded = args.load.is_some() && matches!(connects, Ok(0));
+        if !args.once && position.is_none() && !loaded {
+            let path = path.display();
+            return Err(Failure::Work(anyhow!(
+                "{path} is as it was: the table may lack something"
+            )));
+        }
         dump.write(&*table)?;
         if args.resume {
             let (root, keys) = resume::root_of(&store)?;

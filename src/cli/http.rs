@@ -13,21 +13,25 @@
 //! A key is percent-encoded and may be any bytes, none included. There is no authentication: writes
 //! are taken from this machine only, unless that is switched off.
 
-use std::net::{SocketAddr, TcpListener};
+use std::any::Any;
+use std::net::{Shutdown, SocketAddr, TcpListener};
 use std::time::Duration;
 
-use actix_web::dev::ServerHandle;
+use actix_web::dev::{Extensions, ServerHandle};
 use actix_web::http::{StatusCode, header};
 use actix_web::web::{self, Data, Payload};
 use actix_web::{App, HttpRequest, HttpResponse, HttpServer, ResponseError, Route, guard};
-use anyhow::Context as _;
+use anyhow::{Context as _, anyhow};
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
 use percent_encoding::percent_decode_str;
 use serde::Serialize;
+use socket2::SockRef;
 use tablecast_actors::protocol::{LimitError, WriteError};
+use tokio::net::TcpStream;
 use tokio::task::JoinHandle;
 
-use super::STOP_TIMEOUT;
+use super::credentials::is_local;
+use super::{Failure, STOP_TIMEOUT};
 use crate::{Client, Error, Health, Key, Limits, Reader, Server, Value, Written, metrics};
 
 /// How long the actor may take to answer before it counts as dead.
@@ -42,6 +46,9 @@ const END_SECONDS: u64 = 1;
 /// Threads, and connections for each. One more waits.
 const WORKERS: usize = 2;
 const CONNECTIONS: usize = 64;
+
+/// How long one connection may last, whatever is asked on it.
+const CONNECTION_TIME: Duration = Duration::from_secs(60);
 
 /// How often the recorder puts together what nobody has asked for.
 const UPKEEP: Duration = Duration::from_secs(5);
@@ -87,11 +94,17 @@ pub(super) struct Http {
 }
 
 impl Http {
-    /// Listens; what comes is answered at once.
-    pub(super) fn start(address: &str, table: Table) -> anyhow::Result<Self> {
+    /// Listens, where others than this machine reach it if that is meant; what comes is answered at once.
+    pub(super) fn start(address: &str, insecure: bool, table: Table) -> Result<Self, Failure> {
         let context = || format!("cannot answer HTTP at {address}");
         let listener = TcpListener::bind(address).with_context(context)?;
-        let address = listener.local_addr().with_context(context)?;
+        let at = listener.local_addr().with_context(context)?;
+        if !insecure && !is_local(&at) {
+            return Err(Failure::Input(anyhow!(
+                "whoever reaches {address} could read the table over HTTP, which asks nobody who they are: \
+                 say that it is meant (--insecure)"
+            )));
+        }
         let recorder = record()?;
         let (table, metrics) = (Data::new(table), Data::new(recorder.clone()));
         let app = move || {
@@ -101,6 +114,7 @@ impl Http {
         let server = HttpServer::new(app)
             .workers(WORKERS)
             .max_connections(CONNECTIONS)
+            .on_connect(end_in_time)
             .disable_signals()
             .shutdown_timeout(END_SECONDS)
             .listen(listener)
@@ -114,7 +128,7 @@ impl Http {
                 recorder.run_upkeep();
             }
         });
-        Ok(Self { address, handle, upkeep })
+        Ok(Self { address: at, handle, upkeep })
     }
 
     /// Answers nobody any more; who is being answered has a moment.
@@ -123,6 +137,27 @@ impl Http {
         // Whoever hangs on is cut off when the process ends.
         tokio::time::timeout(STOP_TIMEOUT, self.handle.stop(true)).await.ok();
     }
+}
+
+/// A connection that is to be closed when its time is over, and is closed before most of the time.
+struct Ending(JoinHandle<()>);
+
+impl Drop for Ending {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
+/// Ends a connection that is there for too long: whoever sends the rest of a request never, or reads no answer, would
+/// keep one of few places for ever.
+fn end_in_time(connection: &dyn Any, data: &mut Extensions) {
+    let stream = connection.downcast_ref::<TcpStream>();
+    let Some(Ok(stream)) = stream.map(|stream| SockRef::from(stream).try_clone()) else { return };
+    data.insert(Ending(actix_rt::spawn(async move {
+        tokio::time::sleep(CONNECTION_TIME).await;
+        // It may have ended by itself just now.
+        stream.shutdown(Shutdown::Both).ok();
+    })));
 }
 
 fn routes(config: &mut web::ServiceConfig) {
@@ -360,7 +395,25 @@ async fn value_of(request: &HttpRequest, body: Payload, limit: usize) -> Result<
 
 #[cfg(test)]
 mod tests {
+    use tokio::io::AsyncReadExt as _;
+
     use super::*;
+
+    #[actix_rt::test]
+    async fn a_connection_ends_in_time() {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let connect = TcpStream::connect(address);
+        let (accepted, connected) = tokio::join!(listener.accept(), connect);
+        let (served, mut peer) = (accepted.unwrap().0, connected.unwrap());
+        // A minute is over as soon as there is nothing else to do.
+        tokio::time::pause();
+        let start = tokio::time::Instant::now();
+        let mut data = Extensions::new();
+        end_in_time(&served, &mut data);
+        assert_eq!(peer.read(&mut [0]).await.unwrap(), 0);
+        assert!(start.elapsed() >= CONNECTION_TIME);
+    }
 
     #[test]
     fn only_this_machine_writes() {

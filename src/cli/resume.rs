@@ -11,7 +11,7 @@ use anyhow::{Context as _, ensure};
 use serde::{Deserialize, Serialize};
 use tablecast_actors::protocol::Replica;
 
-use super::file::Dump;
+use super::file::{self, Dump};
 use crate::{Hash, MemoryStore, Position};
 
 /// More than what is written here ever has.
@@ -64,7 +64,9 @@ fn matches(saved: &Saved, (root, keys): (Hash, usize)) -> anyhow::Result<()> {
 /// Forgets where the table of a file stood.
 pub(super) fn forget(file: &Path) -> anyhow::Result<()> {
     let path = beside(file);
-    match std::fs::remove_file(&path) {
+    let directory = path.parent().filter(|parent| *parent != Path::new(""));
+    let directory = directory.unwrap_or(Path::new("."));
+    match std::fs::remove_file(&path).and_then(|()| file::sync(directory)) {
         Err(error) if error.kind() != ErrorKind::NotFound => {
             Err(error).with_context(|| format!("cannot remove {}", path.display()))
         }

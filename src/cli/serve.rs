@@ -7,7 +7,7 @@ use std::sync::Arc;
 use anyhow::Context as _;
 use tokio::sync::mpsc;
 
-use super::events::{Closed, Event, Output};
+use super::events::{Event, Output};
 use super::file::{self, Dump};
 use super::http::{Http, Table};
 use super::ndjson::{self, Found, LINE_BYTES, Lines};
@@ -27,7 +27,7 @@ pub(super) async fn run(args: &Serve, output: &Output) -> Result<ExitCode, Failu
     credentials::check(args)?;
     let (config, tls) = (config(args)?, credentials::tls(args)?);
     let dump = args.dump.as_deref().map(Dump::at).transpose()?;
-    let store = file::load(args.load.as_deref())?;
+    let store = file::load(args.load.as_deref(), args.dump.as_deref())?;
     let mut signals = Signals::new()?;
     let server = Server::start(config, store)?;
     let table = Arc::clone(server.reader());
@@ -35,13 +35,15 @@ pub(super) async fn run(args: &Serve, output: &Output) -> Result<ExitCode, Failu
     let listener = TcpListener::bind(&*args.listen)
         .with_context(|| format!("cannot listen at {}", args.listen))?;
     let listen = listener.local_address();
+    credentials::check_at(args, &listen)?;
     match tls {
         Some(tls) => server.listen_on(TlsListener::new(listener, tls)),
         None => server.listen_on(listener),
     }
     let http = args.http.as_deref().map(|address| {
         let writes_from_anywhere = args.http_writes_from_anywhere;
-        Http::start(address, Table::Server { server: server.clone(), writes_from_anywhere })
+        let table = Table::Server { server: server.clone(), writes_from_anywhere };
+        Http::start(address, args.insecure, table)
     });
     let http = http.transpose()?;
     // Behind all that can fail: a start that comes to nothing uses nothing up.
@@ -105,18 +107,14 @@ async fn position(args: &Serve, table: (Hash, usize), output: &Output) -> Option
     }
 }
 
-/// Ends when nobody reads what is said, or when the server ends.
+/// Ends when the server ends. That nobody reads what is said ends nothing: followers do.
 async fn serve(args: &Serve, server: &Server, output: &Output, ready: Event) -> Result<(), Error> {
-    if let Err(Closed) = output.say(ready).await {
-        return Ok(());
-    }
+    output.say(ready).await.ok();
     if args.stdin {
         let mut lines = read_stdin()?;
         while let Some(line) = lines.recv().await {
-            if let Err(message) = write(server, line).await?
-                && let Err(Closed) = output.say(Event::Error { message }).await
-            {
-                return Ok(());
+            if let Err(message) = write(server, line).await? {
+                output.say(Event::Error { message }).await.ok();
             }
         }
     }

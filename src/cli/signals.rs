@@ -1,4 +1,4 @@
-//! What tells the command to end: SIGINT and SIGTERM, or Ctrl-C where there are no signals.
+//! What tells the command to end: SIGINT, SIGTERM and SIGHUP, or Ctrl-C where there are no signals.
 
 use std::io;
 #[cfg(unix)]
@@ -18,13 +18,14 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 pub(super) struct Signals {
     interrupt: Signal,
     terminate: Signal,
+    hang_up: Signal,
 }
 
 #[cfg(unix)]
 impl Signals {
     pub(super) fn new() -> io::Result<Self> {
         let told = Arc::new(AtomicBool::new(false));
-        for signal in [consts::SIGINT, consts::SIGTERM] {
+        for signal in [consts::SIGINT, consts::SIGTERM, consts::SIGHUP] {
             // What is registered first is done first.
             flag::register_conditional_shutdown(signal, 1, Arc::clone(&told))?;
             flag::register(signal, Arc::clone(&told))?;
@@ -32,6 +33,7 @@ impl Signals {
         Ok(Self {
             interrupt: signal(SignalKind::interrupt())?,
             terminate: signal(SignalKind::terminate())?,
+            hang_up: signal(SignalKind::hangup())?,
         })
     }
 
@@ -40,6 +42,7 @@ impl Signals {
         tokio::select! {
             _ = self.interrupt.recv() => {}
             _ = self.terminate.recv() => {}
+            _ = self.hang_up.recv() => {}
         }
     }
 }

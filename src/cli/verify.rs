@@ -60,7 +60,7 @@ enum What {
 type Entries = Box<dyn Iterator<Item = Result<(Key, Value), StoreError>> + Send>;
 
 pub(super) async fn run(args: &Verify, output: &Output) -> Result<ExitCode, Failure> {
-    let store = file::load(Some(&args.load))?;
+    let store = file::load(Some(&args.load), None)?;
     let in_file = store.snapshot();
     let mut signals = Signals::new()?;
     let config = ClientConfig {
@@ -96,8 +96,12 @@ pub(super) async fn run(args: &Verify, output: &Output) -> Result<ExitCode, Fail
         None => error.context(format!("no verdict from {}", args.connect)),
     })?;
     // The table is as the last event left it.
-    while let Ok(event) = events.recv().await {
-        compared.note(event);
+    loop {
+        match events.recv().await {
+            Ok(event) => compared.note(event),
+            Err(RecvError::Lagged(missed)) => compared.missed += missed,
+            Err(RecvError::Closed) => break,
+        }
     }
     if compared.missed > 0 {
         let message = format!(

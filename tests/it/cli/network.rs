@@ -22,6 +22,23 @@ fn an_address_that_others_reach_needs_a_reason() {
 }
 
 #[test]
+fn http_that_others_reach_needs_a_reason() {
+    let listen = ["serve", "--listen", "127.0.0.1:0", "--http", "0.0.0.0:0"];
+    let follow = ["follow", "--connect", "127.0.0.1:1", "--http", "0.0.0.0:0"];
+    for args in [&listen[..], &follow] {
+        let ended = Program::start_with(args, &[]).end();
+        assert_eq!((ended.code, ended.stdout), (Some(2), vec![]));
+        assert!(ended.stderr.contains("HTTP") && ended.stderr.contains("--insecure"));
+        let args: Vec<&str> = args.iter().copied().chain(["--insecure"]).collect();
+        let mut program = Program::start_with(&args, &[]);
+        let line = program.line();
+        assert!(line.contains("HTTP at 0.0.0.0:"), "{line}");
+        program.signal("TERM");
+        assert_eq!(program.end().code, Some(0));
+    }
+}
+
+#[test]
 fn files_that_are_not_what_they_should_be() {
     let files = Files::new();
     let (empty, long) = (files.write("empty", "\n"), files.write("long", "s3cret!".repeat(40)));

@@ -67,6 +67,16 @@ fn a_position_that_is_void_is_forgotten() {
     let mut follower = Program::start(["follow", "--connect", &listen, a, b, c, d, e, f]);
     follower.wait("held");
     follower.signal("TERM");
+    // It may lack something: what is there stays.
+    assert_eq!(follower.end().code, Some(1));
+    assert_eq!(files.read("f.position"), "old");
+
+    // Written as it was loaded, it stands nowhere.
+    let silent = TcpListener::bind("127.0.0.1:0").unwrap();
+    let listen = silent.local_addr().unwrap().to_string();
+    let mut follower = Program::start(["follow", "--connect", &listen, a, b, c, d, e, f]);
+    let _connection = silent.accept().unwrap();
+    follower.signal("TERM");
     assert_eq!(follower.end().code, Some(0));
     assert!(files.has("f") && !files.has("f.position"));
 }
