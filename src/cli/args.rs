@@ -15,12 +15,12 @@ FILE is NDJSON, one object a line: {\"key\":\"k\",\"value\":\"v\"}. Bytes that a
 key_base64 and value_base64. Empty lines are skipped; of a key that comes twice the last counts.
 Keys are up to 64 KiB, values up to 8 MiB.
 
-SIGINT and SIGTERM end the command in an orderly way, a second one at once. The log goes to stderr;
-RUST_LOG=info says more.
+SIGINT, SIGTERM and, on Linux, a closed terminal end the command in an orderly way, a second signal at
+once. The log goes to stderr; RUST_LOG=info says more.
 
 Exit codes: 0 done, or ended by a signal; 1 it failed, the tables differ (--once, verify), a repair is
-held (--once), there is no such key (get), or ended by a second signal; 2 wrong usage or unreadable
-input.";
+held (--once), a dump was not written, there is no such key (get), or ended by a second signal; 2 wrong
+usage or unreadable input.";
 
 const HTTP_HELP: &str = "\
 HTTP: GET /metrics (Prometheus), /healthz, /readyz, /status, /followers (serve) and /keys/KEY; PUT and

@@ -1,4 +1,4 @@
-//! What tells the command to end: SIGINT, SIGTERM and SIGHUP, or Ctrl-C where there are no signals.
+//! What tells the command to end: SIGINT, SIGTERM and (on Linux) SIGHUP, or Ctrl-C where there are no signals.
 
 use std::io;
 #[cfg(unix)]
@@ -18,14 +18,16 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 pub(super) struct Signals {
     interrupt: Signal,
     terminate: Signal,
-    hang_up: Signal,
+    hang_up: Option<Signal>,
 }
 
 #[cfg(unix)]
 impl Signals {
     pub(super) fn new() -> io::Result<Self> {
         let told = Arc::new(AtomicBool::new(false));
-        for signal in [consts::SIGINT, consts::SIGTERM, consts::SIGHUP] {
+        let hang_up = hang_up_counts();
+        let hung_up = hang_up.then_some(consts::SIGHUP);
+        for signal in [consts::SIGINT, consts::SIGTERM].into_iter().chain(hung_up) {
             // What is registered first is done first.
             flag::register_conditional_shutdown(signal, 1, Arc::clone(&told))?;
             flag::register(signal, Arc::clone(&told))?;
@@ -33,18 +35,34 @@ impl Signals {
         Ok(Self {
             interrupt: signal(SignalKind::interrupt())?,
             terminate: signal(SignalKind::terminate())?,
-            hang_up: signal(SignalKind::hangup())?,
+            hang_up: hang_up.then(|| signal(SignalKind::hangup())).transpose()?,
         })
     }
 
     /// Waits for the next one.
     pub(super) async fn recv(&mut self) {
+        let hang_up = async {
+            match &mut self.hang_up {
+                Some(signal) => drop(signal.recv().await),
+                None => std::future::pending().await,
+            }
+        };
         tokio::select! {
             _ = self.interrupt.recv() => {}
             _ = self.terminate.recv() => {}
-            _ = self.hang_up.recv() => {}
+            () = hang_up => {}
         }
     }
+}
+
+/// Whether a terminal that is closed ends it: not under nohup, which has it ignored. Where that cannot be asked, it is left
+/// as it is.
+#[cfg(unix)]
+fn hang_up_counts() -> bool {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let ignored = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
+    let ignored = ignored.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok());
+    ignored.is_some_and(|mask| mask >> (consts::SIGHUP - 1) & 1 == 0)
 }
 
 /// Ctrl-C.

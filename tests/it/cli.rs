@@ -676,12 +676,32 @@ fn a_server_that_nobody_listens_to_serves_on() {
             break;
         }
     }
-    // A terminal that is closed loses nothing.
-    server.signal("HUP");
+    // A terminal that is closed loses nothing; elsewhere it ends it as it always did.
+    server.signal(if cfg!(target_os = "linux") { "HUP" } else { "TERM" });
     assert_eq!(server.end().code, Some(0));
     assert_eq!(files.read("dump"), "{\"key\":\"k\",\"value\":\"v\"}\n");
     follower.signal("TERM");
     assert_eq!(follower.end().code, Some(0));
+}
+
+/// As under nohup.
+#[cfg(target_os = "linux")]
+#[test]
+fn a_closed_terminal_that_is_ignored_ends_nothing() {
+    let command =
+        format!("trap '' HUP; exec {} serve --listen 127.0.0.1:0", env!("CARGO_BIN_EXE_tablecast"));
+    let mut shell = Command::new("sh");
+    let mut server = shell.args(["-c", &command]).stdout(Stdio::piped()).spawn().unwrap();
+    let mut ready = String::new();
+    BufReader::new(server.stdout.as_mut().unwrap()).read_line(&mut ready).unwrap();
+    let listen = ready.split_whitespace().nth(2).unwrap().trim_end_matches([',', ':']);
+    let kill =
+        |signal| Command::new("kill").args(["-s", signal, &server.id().to_string()]).status();
+    assert!(kill("HUP").unwrap().success());
+    let follower = ["follow", "--connect", listen, "--once"];
+    assert_eq!(Program::start(follower).end().code, Some(0));
+    assert!(kill("TERM").unwrap().success());
+    assert_eq!(server.wait().unwrap().code(), Some(0));
 }
 
 #[test]
