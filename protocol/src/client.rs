@@ -110,9 +110,15 @@ pub struct Session {
     /// The last diff was held: the table is not known to be whole, and may become so by live changes.
     held: bool,
     heartbeat: Heartbeat,
+    /// When the last message came that this end may wait for, or when it did not wait.
+    progressed: Duration,
     outputs: VecDeque<Output>,
     broken: Broken,
 }
+
+/// How long a server may owe what comes next of the handshake, of a shortened catch-up or of a diff that runs, alive as it may be: four times as long as a
+/// server waits in a diff that makes no progress.
+const STALL: Duration = Duration::from_secs(120);
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 enum State {
@@ -355,6 +361,7 @@ impl Session {
             checkpoints: 0,
             held: false,
             heartbeat: Heartbeat::new(heartbeat, now),
+            progressed: now,
             outputs: VecDeque::from([Output::Send(hello)]),
             broken: Broken::default(),
         }
@@ -371,6 +378,13 @@ impl Session {
     /// A message arrived.
     pub fn handle_message(&mut self, message: ToClient, now: Duration) {
         self.heartbeat.heard(now);
+        let beside = matches!(
+            message,
+            ToClient::Live { .. } | ToClient::Mark { .. } | ToClient::Ping {} | ToClient::Pong {}
+        );
+        if !beside {
+            self.progressed = now;
+        }
         if let Err(error) = self.accept(message) {
             self.close(Reason::Protocol, error.to_string());
         }
@@ -917,13 +931,37 @@ impl Session {
 
     /// When to call [`Session::handle_timeout`] next; `None` when closed.
     pub fn poll_timeout(&self) -> Option<Duration> {
-        (!matches!(self.state, State::Closed)).then(|| self.heartbeat.next())
+        let stalled = if self.waits() { self.progressed + STALL } else { Duration::MAX };
+        (!matches!(self.state, State::Closed)).then(|| self.heartbeat.next().min(stalled))
+    }
+
+    /// Whether the server owes a message that is not long in coming: not while a diff waits for its place, or an answer is
+    /// computed here.
+    fn waits(&self) -> bool {
+        let uncompared = |check: &Check| check.of.is_some() && check.theirs.is_none();
+        match self.state {
+            State::Hello
+            | State::CatchUp(_)
+            | State::Diff { answering: false, .. }
+            | State::PostDiff { .. } => true,
+            State::Relay | State::PreDiff { .. } | State::Diff { answering: true, .. } => {
+                self.check.as_ref().is_some_and(uncompared)
+            }
+            State::Closed => false,
+        }
     }
 
     /// It is this late now.
     pub fn handle_timeout(&mut self, now: Duration) {
         if matches!(self.state, State::Closed) {
             return;
+        }
+        if !self.waits() {
+            self.progressed = now;
+        } else if now.saturating_sub(self.progressed) >= STALL {
+            let seconds = STALL.as_secs();
+            let state = self.state.name();
+            return self.close(Reason::Silent, format!("nothing came in {state} for {seconds} s"));
         }
         match self.heartbeat.beat(now) {
             Beat::Quiet => {}
