@@ -285,8 +285,9 @@ impl Server {
         }
     }
 
-    fn end_diffs(&mut self, over: impl Fn(FollowerId, DiffId) -> bool) {
-        for (follower, diff) in self.places.end(over) {
+    /// The diff of a follower is over, or whichever it has.
+    fn end_diff(&mut self, follower: FollowerId, diff: Option<DiffId>, turn: Turn) {
+        if let Some(diff) = self.places.end(follower, diff, turn) {
             self.log.lock().unmark(follower, diff);
             if let Some(follower) = self.followers.get_mut(&follower) {
                 follower.turn = self.places.turn(Some(Instant::now()));
@@ -569,12 +570,13 @@ impl Handler<Ask> for Server {
         let Ask { follower, diff, question, at } = ask;
         self.places.waited(at.elapsed());
         let Some(Follower { turn, .. }) = self.followers.get(&follower) else { return };
+        let turn = *turn;
         match question {
             Question::Admit if self.places.waiting() >= self.config.diffs_waiting => {
                 self.reply(follower, Reply::Busy(diff));
             }
             Question::Admit => {
-                self.places.wait(follower, diff, *turn);
+                self.places.wait(follower, diff, turn);
                 self.admit();
             }
             Question::Snapshot => {
@@ -594,7 +596,7 @@ impl Handler<Ask> for Server {
                 };
                 self.reply(follower, Reply::Mark(diff, head, self.table.tree().clone()));
             }
-            Question::End => self.end_diffs(|f, d| (f, d) == (follower, diff)),
+            Question::End => self.end_diff(follower, Some(diff), turn),
         }
     }
 }
@@ -642,8 +644,9 @@ impl Handler<Gone> for Server {
 
     fn handle(&mut self, Gone(follower): Gone, ctx: &mut Context<Self>) {
         self.budget.spend(ctx);
-        self.followers.remove(&follower);
-        self.end_diffs(|f, _| f == follower);
+        if let Some(Follower { turn, .. }) = self.followers.remove(&follower) {
+            self.end_diff(follower, None, turn);
+        }
         self.stop_if_alone(ctx);
     }
 }

@@ -1,6 +1,6 @@
 //! Who runs a diff, and who is next.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use tablecast_protocol::{DiffId, FollowerId};
@@ -28,10 +28,10 @@ pub(super) struct Places {
     /// When the next one of those that share a place may, too.
     next_again: Instant,
     running: Vec<Running>,
-    /// The lowest is next.
-    waiting: BTreeSet<(u64, FollowerId, DiffId)>,
+    /// By the number of their turn: the lowest is next.
+    waiting: BTreeMap<u64, (FollowerId, DiffId)>,
     /// Those that share a place, or did when they came, and when their last diff ended.
-    waiting_again: BTreeMap<(u64, FollowerId, DiffId), Instant>,
+    waiting_again: BTreeMap<u64, (FollowerId, DiffId, Instant)>,
     last_turn: u64,
 }
 
@@ -71,7 +71,7 @@ impl Places {
             next: Instant::now(),
             next_again: Instant::now(),
             running: Vec::new(),
-            waiting: BTreeSet::new(),
+            waiting: BTreeMap::new(),
             waiting_again: BTreeMap::new(),
             last_turn: 0,
         }
@@ -106,11 +106,10 @@ impl Places {
 
     /// A diff wants a place.
     pub(super) fn wait(&mut self, follower: FollowerId, diff: DiffId, turn: Turn) {
-        let entry = (turn.number, follower, diff);
         if let Some(ended) = turn.ended {
-            self.waiting_again.insert(entry, ended);
+            self.waiting_again.insert(turn.number, (follower, diff, ended));
         } else {
-            self.waiting.insert(entry);
+            self.waiting.insert(turn.number, (follower, diff));
         }
     }
 
@@ -122,43 +121,57 @@ impl Places {
         let (now, busy) = (Instant::now(), self.is_busy());
         // Whose last diff ended first is first.
         while let Some(first) = self.waiting_again.first_entry()
-            && first.get().elapsed() >= self.rest
+            && first.get().2.elapsed() >= self.rest
         {
-            self.waiting.insert(first.remove_entry().0);
+            let (number, (follower, diff, _)) = first.remove_entry();
+            self.waiting.insert(number, (follower, diff));
         }
         if busy && self.next > now {
             return None;
         }
         let free =
             !self.running.iter().any(|running| running.again) && (!busy || self.next_again <= now);
-        let shared = self.waiting_again.first_key_value().filter(|_| free).map(|(entry, _)| *entry);
-        let first = self.waiting.first().copied();
-        let again = shared.is_some_and(|shared| first.is_none_or(|first| shared < first && !busy));
-        let (_, follower, diff) =
-            if again { self.waiting_again.pop_first()?.0 } else { self.waiting.pop_first()? };
+        let shared = self.waiting_again.first_key_value().filter(|_| free);
+        let shared = shared.map(|(number, (follower, diff, _))| (*number, (*follower, *diff)));
+        let first = self.waiting.first_key_value().map(|(number, _)| *number);
+        let shared =
+            shared.filter(|(number, _)| first.is_none_or(|first| *number < first && !busy));
+        let again = shared.is_some();
+        let (follower, diff) = if let Some((number, diff)) = shared {
+            self.waiting_again.remove(&number);
+            diff
+        } else {
+            self.waiting.pop_first()?.1
+        };
         self.running.push(Running { follower, diff, since: now, again });
         self.next = now + BUSY_PAUSE;
         Some((follower, diff))
     }
 
-    /// Diffs are over; those of them that ran.
+    /// The diff of a follower is over, or whichever it has: it had this turn when it came. Answers which, if it ran.
     pub(super) fn end(
         &mut self,
-        over: impl Fn(FollowerId, DiffId) -> bool,
-    ) -> Vec<(FollowerId, DiffId)> {
-        let waits = |(_, follower, diff): &(u64, FollowerId, DiffId)| !over(*follower, *diff);
-        self.waiting.retain(waits);
-        self.waiting_again.retain(|entry, _| waits(entry));
-        let ended = self.running.extract_if(.., |running| over(running.follower, running.diff));
-        let (now, next, next_again) = (Instant::now(), &mut self.next, &mut self.next_again);
-        let ended = ended.inspect(|running| {
-            let took = (now - running.since).min(BUSY_PAUSE);
-            *next = now + took;
-            if running.again {
-                *next_again = now + BUSY_REST * took;
-            }
-        });
-        ended.map(|running| (running.follower, running.diff)).collect()
+        follower: FollowerId,
+        diff: Option<DiffId>,
+        turn: Turn,
+    ) -> Option<DiffId> {
+        let over = |other: DiffId| diff.is_none_or(|diff| diff == other);
+        if self.waiting.get(&turn.number).is_some_and(|(_, diff)| over(*diff)) {
+            self.waiting.remove(&turn.number);
+        }
+        if self.waiting_again.get(&turn.number).is_some_and(|(_, diff, _)| over(*diff)) {
+            self.waiting_again.remove(&turn.number);
+        }
+        let ran = |running: &Running| running.follower == follower && over(running.diff);
+        let at = self.running.iter().position(ran)?;
+        let running = self.running.remove(at);
+        let now = Instant::now();
+        let took = (now - running.since).min(BUSY_PAUSE);
+        self.next = now + took;
+        if running.again {
+            self.next_again = now + BUSY_REST * took;
+        }
+        Some(running.diff)
     }
 
     /// Diffs that have run for this long, as many as others wait, and could begin.
@@ -180,6 +193,11 @@ mod tests {
         std::iter::from_fn(|| places.admit()).map(|(follower, _)| follower.0).collect()
     }
 
+    /// One that runs is over.
+    fn end(places: &mut Places, follower: u64) -> Option<DiffId> {
+        places.end(FollowerId(follower), None, Turn { number: 0, ended: None })
+    }
+
     #[test]
     fn who_connected_or_was_repaired_longest_ago_is_next() {
         let mut places = Places::new(1, Duration::ZERO);
@@ -188,13 +206,17 @@ mod tests {
             places.wait(FollowerId(follower), DIFF, turn);
         }
         assert_eq!(admitted(&mut places), [1]);
-        assert_eq!(places.end(|follower, _| follower.0 == 1), [(FollowerId(1), DIFF)]);
+        assert_eq!(places.end(FollowerId(1), Some(DiffId(2)), turns[0]), None);
+        assert_eq!(places.end(FollowerId(1), Some(DIFF), turns[0]), Some(DIFF));
         let turn = places.turn(Some(Instant::now()));
         places.wait(FollowerId(1), DIFF, turn);
         assert_eq!(admitted(&mut places), [2]);
         assert_eq!((places.running(), places.waiting()), (1, 2));
-        assert_eq!(places.end(|follower, _| follower.0 == 3), []);
-        places.end(|follower, _| follower.0 == 2);
+        assert_eq!(places.end(FollowerId(3), Some(DiffId(2)), turns[2]), None);
+        assert_eq!(places.waiting(), 2);
+        assert_eq!(places.end(FollowerId(3), None, turns[2]), None);
+        assert_eq!(places.waiting(), 1);
+        end(&mut places, 2);
         assert_eq!(admitted(&mut places), [1]);
     }
 
@@ -212,12 +234,12 @@ mod tests {
             places.wait(FollowerId(follower), DIFF, turn);
         }
         assert_eq!(admitted(&mut places), [6, 7]);
-        places.end(|follower, _| follower.0 == 6);
+        end(&mut places, 6);
         assert_eq!(admitted(&mut places), [8]);
         // Who shares a place has waited longer than those who came last.
-        places.end(|follower, _| follower.0 == 1);
+        end(&mut places, 1);
         assert_eq!(admitted(&mut places), [2]);
-        places.end(|follower, _| follower.0 == 2);
+        end(&mut places, 2);
         assert_eq!(admitted(&mut places), [3]);
         assert_eq!((places.running(), places.waiting()), (3, 3));
     }
@@ -236,7 +258,7 @@ mod tests {
         assert_eq!(admitted(&mut places), [1]);
         // One that ends soon is over for as long as it took.
         tokio::time::advance(tenth).await;
-        places.end(|follower, _| follower.0 == 1);
+        end(&mut places, 1);
         assert_eq!(admitted(&mut places), []);
         tokio::time::advance(tenth).await;
         assert_eq!(admitted(&mut places), [2]);
@@ -248,14 +270,17 @@ mod tests {
         measured(&mut places, Duration::ZERO);
         assert_eq!(places.overdue(Duration::ZERO).count(), 2);
         assert_eq!(admitted(&mut places), [4]);
-        places.end(|_, _| true);
+        for follower in 2..=5 {
+            assert_eq!(end(&mut places, follower), Some(DIFF));
+            admitted(&mut places);
+        }
 
         measured(&mut places, 2 * BUSY_WAIT);
         (1..=2).for_each(|follower| wait(&mut places, follower, Some(Instant::now())));
         tokio::time::advance(BUSY_PAUSE).await;
         assert_eq!(admitted(&mut places), [1]);
         tokio::time::advance(tenth).await;
-        places.end(|follower, _| follower.0 == 1);
+        end(&mut places, 1);
         tokio::time::advance((BUSY_REST - 1) * tenth).await;
         assert_eq!(admitted(&mut places), []);
         // Who has just come does not wait for that, and is before those that ask over and over.
@@ -283,7 +308,7 @@ mod tests {
         for follower in 2..20 {
             wait(&mut places, follower, None);
             begun.extend(admitted(&mut places));
-            places.end(|other, _| other.0 == follower);
+            end(&mut places, follower);
             tokio::time::advance(BUSY_PAUSE).await;
         }
         // It has rested by then, and has waited for longer than they.
