@@ -214,7 +214,10 @@ pub(crate) struct Received {
 /// A part of a message came, or one that is answered already.
 #[derive(Debug, Message)]
 #[rtype(result = "()")]
-pub(crate) struct Heard(pub(crate) ConnectionId);
+pub(crate) struct Heard {
+    pub(crate) connection: ConnectionId,
+    pub(crate) part: bool,
+}
 
 /// No message came, but bytes.
 #[derive(Debug, Message)]
@@ -329,10 +332,13 @@ struct Snapshot(Tree);
 
 impl Drop for Snapshot {
     fn drop(&mut self) {
-        let tree = std::mem::take(&mut self.0);
-        if let Ok(runtime) = tokio::runtime::Handle::try_current() {
-            runtime.spawn_blocking(move || drop(tree));
-        }
+        discard(std::mem::take(&mut self.0));
+    }
+}
+
+fn discard(snapshot: impl Send + 'static) {
+    if let Ok(runtime) = tokio::runtime::Handle::try_current() {
+        runtime.spawn_blocking(move || drop(snapshot));
     }
 }
 
@@ -587,7 +593,7 @@ impl Client {
     /// Computes this elsewhere, when what is computed of its kind is done.
     fn compute(&mut self, connection: ConnectionId, work: Work, ctx: &Context<Self>) {
         match self.work.entry(work.kind()) {
-            Entry::Occupied(mut next) => drop(next.insert(Some((connection, work)))),
+            Entry::Occupied(mut next) => discard(next.insert(Some((connection, work)))),
             Entry::Vacant(idle) => {
                 idle.insert(None);
                 begin(connection, work, ctx);
@@ -995,6 +1001,8 @@ impl Client {
             self.position = session.position().filter(|_| !self.changed);
         }
         self.timer = None;
+        // What waits is for nobody.
+        self.work.values_mut().for_each(|next| discard(next.take()));
         for waiter in std::mem::take(&mut self.next) {
             waiter.send(DiffOutcome::Aborted(DiffAborted::Disconnected)).ok();
         }
@@ -1262,7 +1270,7 @@ impl Handler<Received> for Client {
         // In which this end did not listen, the server was not silent.
         let now = self.now();
         if let Some(session) = self.session(connection) {
-            session.handle_heard(now);
+            session.handle_part(now);
         }
     }
 }
@@ -1270,11 +1278,15 @@ impl Handler<Received> for Client {
 impl Handler<Heard> for Client {
     type Result = ();
 
-    fn handle(&mut self, Heard(connection): Heard, _: &mut Context<Self>) {
+    fn handle(&mut self, Heard { connection, part }: Heard, _: &mut Context<Self>) {
         let now = self.now();
         self.tell(Command::Done(connection, HEARD_BYTES));
         if let Some(session) = self.session(connection) {
-            session.handle_heard(now);
+            if part {
+                session.handle_part(now);
+            } else {
+                session.handle_heard(now);
+            }
         }
     }
 }
@@ -1344,9 +1356,7 @@ impl Handler<Computed> for Client {
     type Result = ();
 
     fn handle(&mut self, computed: Computed, ctx: &mut Context<Self>) {
-        if let Some(Some((connection, next))) = self.work.remove(&computed.kind())
-            && self.session(connection).is_some()
-        {
+        if let Some(Some((connection, next))) = self.work.remove(&computed.kind()) {
             self.compute(connection, next, ctx);
         }
         match computed {

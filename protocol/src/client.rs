@@ -110,14 +110,14 @@ pub struct Session {
     /// The last diff was held: the table is not known to be whole, and may become so by live changes.
     held: bool,
     heartbeat: Heartbeat,
-    /// When the last message came that this end may wait for, or when it did not wait.
+    /// When something came that is more than a sign of life, or when this end did not wait for anything.
     progressed: Duration,
     outputs: VecDeque<Output>,
     broken: Broken,
 }
 
-/// How long a server may owe what comes next of the handshake, of a shortened catch-up or of a diff that runs, alive as it may be: four times as long as a
-/// server waits in a diff that makes no progress.
+/// How long nothing but signs of life may come from a server that owes what comes next of the handshake, of a shortened catch-up or of
+/// a diff that runs: four times as long as a server waits in a diff that makes no progress.
 const STALL: Duration = Duration::from_secs(120);
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -378,11 +378,7 @@ impl Session {
     /// A message arrived.
     pub fn handle_message(&mut self, message: ToClient, now: Duration) {
         self.heartbeat.heard(now);
-        let beside = matches!(
-            message,
-            ToClient::Live { .. } | ToClient::Mark { .. } | ToClient::Ping {} | ToClient::Pong {}
-        );
-        if !beside {
+        if !matches!(message, ToClient::Ping {} | ToClient::Pong {}) {
             self.progressed = now;
         }
         if let Err(error) = self.accept(message) {
@@ -390,9 +386,15 @@ impl Session {
         }
     }
 
-    /// Bytes arrived that are not a whole message yet: the peer is alive.
+    /// The peer is alive: it has said no more than that, to whoever answers for this end.
     pub fn handle_heard(&mut self, now: Duration) {
         self.heartbeat.heard(now);
+    }
+
+    /// A part of a message arrived; or this end has not listened until now, having worked off the last one.
+    pub fn handle_part(&mut self, now: Duration) {
+        self.heartbeat.heard(now);
+        self.progressed = now;
     }
 
     /// A frame arrived that is no message.

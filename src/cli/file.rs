@@ -1,7 +1,7 @@
 //! Whole tables in files.
 
 use std::fs::File;
-use std::io::{self, BufReader, BufWriter, Write};
+use std::io::{self, BufReader, BufWriter, ErrorKind, Write};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, ensure};
@@ -16,9 +16,11 @@ const BUFFER_BYTES: usize = 256 << 10;
 /// The table of a file, or an empty one without, as it is before the first dump to the same file. What cannot be
 /// read is [`Failure::Input`].
 pub(super) fn load(path: Option<&Path>, dump: Option<&Path>) -> Result<MemoryStore, Failure> {
-    let Some(path) = path.filter(|path| dump != Some(path) || path.exists()) else {
-        return Ok(MemoryStore::new());
+    let absent = |path: &Path| {
+        let there = path.symlink_metadata();
+        dump == Some(path) && there.is_err_and(|error| error.kind() == ErrorKind::NotFound)
     };
+    let Some(path) = path.filter(|path| !absent(path)) else { return Ok(MemoryStore::new()) };
     let entries = Entries::open(path).map_err(Failure::Input)?;
     entries.collect::<anyhow::Result<_>>().map_err(Failure::Input)
 }
@@ -141,22 +143,15 @@ impl Dump {
         }
         file.as_file().sync_all()?;
         file.persist(&self.target).map_err(|error| error.error)?;
-        sync(&self.directory)?;
+        sync(&self.directory);
         Ok(())
     }
 }
 
-/// What has been renamed or removed in a directory is so after a power cut, too.
-#[cfg(unix)]
-pub(super) fn sync(directory: &Path) -> io::Result<()> {
-    File::open(directory)?.sync_all()
-}
-
-/// Elsewhere a directory is no file.
-#[cfg(not(unix))]
-#[expect(clippy::unnecessary_wraps, reason = "the same face as where it can fail")]
-pub(super) fn sync(_: &Path) -> io::Result<()> {
-    Ok(())
+/// What has been renamed or removed in a directory is so after a power cut, too, where a directory can be opened and
+/// the system can do that. It is done in any case.
+pub(super) fn sync(directory: &Path) {
+    File::open(directory).and_then(|directory| directory.sync_all()).ok();
 }
 
 #[cfg(test)]
@@ -200,6 +195,13 @@ mod tests {
         failure(load(Some(&path), Some(directory.path())));
         std::fs::write(&path, "{").unwrap();
         failure(load(Some(&path), Some(&path)));
+        // What is not there just now may be there again.
+        #[cfg(unix)]
+        {
+            let link = directory.path().join("link");
+            std::os::unix::fs::symlink(directory.path().join("unmounted/table"), &link).unwrap();
+            failure(load(Some(&link), Some(&link)));
+        }
     }
 
     #[cfg(unix)]

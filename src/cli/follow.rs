@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use anyhow::anyhow;
 use tablecast_actors::client as actors;
 use tokio::sync::broadcast;
-use tokio::sync::broadcast::error::RecvError;
+use tokio::sync::broadcast::error::{RecvError, TryRecvError};
 
 use super::events::{Closed, Event, Output};
 use super::file::{self, Dump};
@@ -75,6 +75,8 @@ pub(super) async fn run(args: &Follow, output: &Output) -> Result<ExitCode, Fail
     if let Some(http) = http {
         http.stop().await;
     }
+    // It may connect yet.
+    let late = client.events().await;
     let connects = client.status().await.map(|status| status.connects);
     // It is of no consequence here if the farewell does not get through.
     let position = tokio::time::timeout(STOP_TIMEOUT, client.stop()).await.ok().flatten();
@@ -84,7 +86,7 @@ pub(super) async fn run(args: &Follow, output: &Output) -> Result<ExitCode, Fail
     {
         // A table in the middle of a diff is none that there ever was, and an empty one need not be the server's: the file may
         // hold the last whole one. What was loaded, and is as it was, may be written.
-        let loaded = args.load.is_some() && matches!(connects, Ok(0));
+        let loaded = args.load.is_some() && matches!(connects, Ok(0)) && late.is_ok_and(is_silent);
         if !args.once && position.is_none() && !loaded {
             let path = path.display();
             return Err(Failure::Work(anyhow!(
@@ -257,6 +259,17 @@ impl Follower<'_> {
             Some(DiffOutcome::Aborted(why)) if is_held(why) => Ok(Some(Left::Held)),
             Some(DiffOutcome::Aborted(_)) | None => Ok(None),
         })
+    }
+}
+
+/// No connection was there.
+fn is_silent(mut events: broadcast::Receiver<Happened>) -> bool {
+    loop {
+        match events.try_recv() {
+            Ok(Happened::Connected(..)) | Err(TryRecvError::Lagged(_)) => return false,
+            Ok(_) => {}
+            Err(TryRecvError::Empty | TryRecvError::Closed) => return true,
+        }
     }
 }
 

@@ -17,8 +17,8 @@ use std::any::Any;
 use std::net::{Shutdown, SocketAddr, TcpListener};
 use std::time::Duration;
 
-use actix_web::dev::{Extensions, ServerHandle};
-use actix_web::http::{StatusCode, header};
+use actix_web::dev::{Extensions, ServerHandle, Service as _};
+use actix_web::http::{ConnectionType, StatusCode, header};
 use actix_web::web::{self, Data, Payload};
 use actix_web::{App, HttpRequest, HttpResponse, HttpServer, ResponseError, Route, guard};
 use anyhow::{Context as _, anyhow};
@@ -29,6 +29,7 @@ use socket2::SockRef;
 use tablecast_actors::protocol::{LimitError, WriteError};
 use tokio::net::TcpStream;
 use tokio::task::JoinHandle;
+use tokio::time::Instant;
 
 use super::credentials::is_local;
 use super::{Failure, STOP_TIMEOUT};
@@ -47,8 +48,10 @@ const END_SECONDS: u64 = 1;
 const WORKERS: usize = 2;
 const CONNECTIONS: usize = 64;
 
-/// How long one connection may last, whatever is asked on it.
+/// How long one connection may last, whatever is asked on it. Whoever asks once more at the end of this is told that it
+/// was the last time.
 const CONNECTION_TIME: Duration = Duration::from_secs(60);
+const LAST_TIME: Duration = Duration::from_secs(40);
 
 /// How often the recorder puts together what nobody has asked for.
 const UPKEEP: Duration = Duration::from_secs(5);
@@ -109,6 +112,19 @@ impl Http {
         let (table, metrics) = (Data::new(table), Data::new(recorder.clone()));
         let app = move || {
             let app = App::new().app_data(table.clone()).app_data(metrics.clone());
+            let app = app.wrap_fn(|request, next| {
+                let ending = request.conn_data::<Ending>();
+                let last = ending.is_some_and(|ending| ending.since.elapsed() >= LAST_TIME);
+                let answer = next.call(request);
+                async move {
+                    let mut response = answer.await?;
+                    if last {
+                        let head = response.response_mut().head_mut();
+                        head.set_connection_type(ConnectionType::Close);
+                    }
+                    Ok(response)
+                }
+            });
             app.configure(routes).default_service(web::to(unknown))
         };
         let server = HttpServer::new(app)
@@ -140,24 +156,32 @@ impl Http {
 }
 
 /// A connection that is to be closed when its time is over, and is closed before most of the time.
-struct Ending(JoinHandle<()>);
+struct Ending {
+    since: Instant,
+    task: JoinHandle<()>,
+}
 
 impl Drop for Ending {
     fn drop(&mut self) {
-        self.0.abort();
+        self.task.abort();
     }
 }
 
 /// Ends a connection that is there for too long: whoever sends the rest of a request never, or reads no answer, would
 /// keep one of few places for ever.
 fn end_in_time(connection: &dyn Any, data: &mut Extensions) {
-    let stream = connection.downcast_ref::<TcpStream>();
-    let Some(Ok(stream)) = stream.map(|stream| SockRef::from(stream).try_clone()) else { return };
-    data.insert(Ending(actix_rt::spawn(async move {
+    let Some(stream) = connection.downcast_ref::<TcpStream>() else { return };
+    let Ok(stream) = SockRef::from(stream).try_clone() else {
+        // There is no file for what would end it.
+        SockRef::from(stream).shutdown(Shutdown::Both).ok();
+        return;
+    };
+    let task = actix_rt::spawn(async move {
         tokio::time::sleep(CONNECTION_TIME).await;
         // It may have ended by itself just now.
         stream.shutdown(Shutdown::Both).ok();
-    })));
+    });
+    data.insert(Ending { since: Instant::now(), task });
 }
 
 fn routes(config: &mut web::ServiceConfig) {
@@ -408,7 +432,7 @@ mod tests {
         let (served, mut peer) = (accepted.unwrap().0, connected.unwrap());
         // A minute is over as soon as there is nothing else to do.
         tokio::time::pause();
-        let start = tokio::time::Instant::now();
+        let start = Instant::now();
         let mut data = Extensions::new();
         end_in_time(&served, &mut data);
         assert_eq!(peer.read(&mut [0]).await.unwrap(), 0);

@@ -66,7 +66,7 @@ pub(super) fn forget(file: &Path) -> anyhow::Result<()> {
     let path = beside(file);
     let directory = path.parent().filter(|parent| *parent != Path::new(""));
     let directory = directory.unwrap_or(Path::new("."));
-    match std::fs::remove_file(&path).and_then(|()| file::sync(directory)) {
+    match std::fs::remove_file(&path).map(|()| file::sync(directory)) {
         Err(error) if error.kind() != ErrorKind::NotFound => {
             Err(error).with_context(|| format!("cannot remove {}", path.display()))
         }

@@ -18,6 +18,7 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 pub(super) struct Signals {
     interrupt: Signal,
     terminate: Signal,
+    /// It may come twice by itself, from the shell and from the system: so the second one ends nothing.
     hang_up: Option<Signal>,
 }
 
@@ -25,9 +26,7 @@ pub(super) struct Signals {
 impl Signals {
     pub(super) fn new() -> io::Result<Self> {
         let told = Arc::new(AtomicBool::new(false));
-        let hang_up = hang_up_counts();
-        let hung_up = hang_up.then_some(consts::SIGHUP);
-        for signal in [consts::SIGINT, consts::SIGTERM].into_iter().chain(hung_up) {
+        for signal in [consts::SIGINT, consts::SIGTERM] {
             // What is registered first is done first.
             flag::register_conditional_shutdown(signal, 1, Arc::clone(&told))?;
             flag::register(signal, Arc::clone(&told))?;
@@ -35,7 +34,7 @@ impl Signals {
         Ok(Self {
             interrupt: signal(SignalKind::interrupt())?,
             terminate: signal(SignalKind::terminate())?,
-            hang_up: hang_up.then(|| signal(SignalKind::hangup())).transpose()?,
+            hang_up: hang_up_counts().then(|| signal(SignalKind::hangup())).transpose()?,
         })
     }
 

@@ -106,10 +106,10 @@ struct Link {
 impl Link {
     /// Tells the Client that the server is alive: not, if it has something of this connection to work off,
     /// which says so too when it comes to it.
-    fn heard(&mut self, connection: ConnectionId, client: &Addr<Client>) {
+    fn heard(&mut self, heard: Heard, client: &Addr<Client>) {
         if self.waiting == 0 {
             self.waiting = HEARD_BYTES;
-            client.do_send(Heard(connection));
+            client.do_send(heard);
         }
     }
 }
@@ -229,7 +229,7 @@ impl Middleman {
             link.paused = None;
             let Poll::Ready(frame) = link.framed.poll_frame(cx) else {
                 if link.framed.received > before {
-                    link.heard(connection, &self.client);
+                    link.heard(Heard { connection, part: true }, &self.client);
                 }
                 return Ok(false);
             };
@@ -249,9 +249,11 @@ impl Middleman {
                         link.framed.queue(wire::encode(&ToServer::Pong {}));
                         link.pong = link.framed.end();
                     }
-                    link.heard(connection, &self.client);
+                    link.heard(Heard { connection, part: false }, &self.client);
                 }
-                Ok(ToClient::Pong {}) => link.heard(connection, &self.client),
+                Ok(ToClient::Pong {}) => {
+                    link.heard(Heard { connection, part: false }, &self.client);
+                }
                 Ok(message) => {
                     if matches!(message, ToClient::Welcome { .. }) {
                         link.framed.set_max_frame_bytes(self.config.limits.frame_bytes);

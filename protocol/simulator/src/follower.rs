@@ -129,7 +129,7 @@ impl World<'_> {
                 self.drop_client(at, true);
                 return Ok(());
             }
-            Ok(None) => client.session.handle_heard(now),
+            Ok(None) => client.session.handle_part(now),
             Err(error) if link.tainted => client.session.handle_malformed(&error),
             Err(error) => return Err(format!("a follower cannot read: {error}")),
         }

@@ -1847,21 +1847,29 @@ fn closes_on_too_much(end: &ClientEnd, why: &str) {
 
 #[test]
 fn the_client_closes_when_what_comes_next_does_not_come() {
-    for (stage, mut end) in client_stages().into_iter().filter(|(stage, _)| *stage != "closed") {
-        // The server is alive.
-        let mut now = Duration::ZERO;
-        while end.session.state() != "Closed" && now < Duration::from_secs(200) {
-            now = end.session.poll_timeout().unwrap();
-            end.act(|session| {
-                session.handle_heard(now);
-                session.handle_timeout(now);
-            });
-        }
-        let free = ["resumed", "relay", "preparing", "waiting", "answering", "verified"];
-        assert_eq!(end.session.state() != "Closed", free.contains(&stage), "{stage}");
-        if let [.., Output::Close(Close::Here { reason, text })] = &end.outputs[..] {
-            assert_eq!((*reason, now), (Reason::Silent, Duration::from_secs(120)), "{stage}");
-            assert!(text.starts_with("nothing came in "), "{stage}: {text}");
+    // The server is alive, or what comes is long.
+    for part in [false, true] {
+        for (stage, mut end) in client_stages().into_iter().filter(|(stage, _)| *stage != "closed")
+        {
+            let mut now = Duration::ZERO;
+            while end.session.state() != "Closed" && now < Duration::from_secs(200) {
+                now = end.session.poll_timeout().unwrap();
+                end.act(|session| {
+                    if part {
+                        session.handle_part(now)
+                    } else {
+                        session.handle_heard(now)
+                    }
+                    session.handle_timeout(now);
+                });
+            }
+            let free = ["resumed", "relay", "preparing", "waiting", "answering", "verified"];
+            let open = part || free.contains(&stage);
+            assert_eq!(end.session.state() != "Closed", open, "{stage}");
+            if let [.., Output::Close(Close::Here { reason, text })] = &end.outputs[..] {
+                assert_eq!((*reason, now), (Reason::Silent, Duration::from_secs(120)), "{stage}");
+                assert!(text.starts_with("nothing came in "), "{stage}: {text}");
+            }
         }
     }
 }
