@@ -482,6 +482,21 @@ impl ToServer {
 }
 
 impl ToClient {
+    /// The answer to a first message, of this version: the follower is at this position, and is brought on in this way.
+    pub fn welcome(at: Position, way: Way, limits: &Limits) -> Self {
+        Self::Welcome {
+            version: crate::wire::VERSION,
+            tree: crate::tree::TREE_VERSION,
+            epoch: at.epoch,
+            revision: at.revision,
+            chain: at.chain,
+            frame_bytes: limits.frame_bytes as u64,
+            key_bytes: limits.key_bytes as u64,
+            value_bytes: limits.value_bytes as u64,
+            way,
+        }
+    }
+
     /// The tag of `Live`, whose frames [`LiveFrame`](crate::wire::LiveFrame) builds by hand.
     pub const LIVE: u8 = 3;
 }

@@ -752,17 +752,7 @@ impl Session {
         {
             self.cursor = head.revision.next();
         }
-        self.control.push_back(ToClient::Welcome {
-            version: VERSION,
-            tree: TREE_VERSION,
-            epoch: at.epoch,
-            revision: at.revision,
-            chain: at.chain,
-            frame_bytes: self.config.limits.frame_bytes as u64,
-            key_bytes: self.config.limits.key_bytes as u64,
-            value_bytes: self.config.limits.value_bytes as u64,
-            way,
-        });
+        self.control.push_back(ToClient::welcome(at, way, &self.config.limits));
     }
 
     /// The diff may run.

@@ -13,7 +13,7 @@ use tablecast::{
     Reader, Revision, Server, ServerConfig, SessionConfig, Store, StoreError, WaitError, Way,
 };
 use tablecast_actors::protocol::wire::{self, Changes};
-use tablecast_actors::protocol::{DiffId, Digest, ToClient, ToServer, tree};
+use tablecast_actors::protocol::{DiffId, Digest, Position, ToClient, ToServer};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 
@@ -34,18 +34,9 @@ async fn put<M: wire::Message>(stream: &mut TcpStream, message: &M) {
 }
 
 fn welcome(revision: u64) -> ToClient {
-    let limits = Limits::default();
-    ToClient::Welcome {
-        version: wire::VERSION,
-        tree: tree::TREE_VERSION,
-        epoch: Epoch::from_bytes([1; 16]),
-        revision: Revision(revision),
-        chain: Chain::START,
-        frame_bytes: limits.frame_bytes as u64,
-        key_bytes: limits.key_bytes as u64,
-        value_bytes: limits.value_bytes as u64,
-        way: Way::NoPosition,
-    }
+    let (epoch, revision) = (Epoch::from_bytes([1; 16]), Revision(revision));
+    let at = Position { epoch, revision, chain: Chain::START };
+    ToClient::welcome(at, Way::NoPosition, &Limits::default())
 }
 
 /// A server by hand, whose follower has just said Hello and been welcomed at `revision`.
@@ -375,7 +366,7 @@ async fn a_wait_is_for_a_revision_of_one_history() {
     new.ready().await.unwrap();
     let at = new.write("new", "1").await.unwrap().position().unwrap();
     assert!(at.revision < reached.revision);
-    let never = tablecast::Position { revision: Revision(100), ..reached };
+    let never = Position { revision: Revision(100), ..reached };
     let waits = futures_util::future::join(client.wait_for(at, LONG), client.wait_for(never, LONG));
     proxy.set(Gate::Open);
     let (written, never) = within(waits).await;
@@ -384,7 +375,7 @@ async fn a_wait_is_for_a_revision_of_one_history() {
     let gone = WaitError::NewEpoch(at.epoch);
     assert!(matches!(never, Err(Error::Wait(why)) if why == gone), "{never:?}");
     let short = Duration::from_millis(1);
-    let late = client.wait_for(tablecast::Position { revision: Revision(100), ..at }, short).await;
+    let late = client.wait_for(Position { revision: Revision(100), ..at }, short).await;
     assert!(matches!(late, Err(Error::Wait(WaitError::Timeout(_)))), "{late:?}");
 }
 

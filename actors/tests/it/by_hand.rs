@@ -5,10 +5,11 @@ use std::io;
 use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
 use tablecast_actors::access::{Access, Stream};
-use tablecast_actors::protocol::tree::TREE_VERSION;
-use tablecast_actors::protocol::wire::{self, VERSION};
-use tablecast_actors::protocol::{Chain, Epoch, Limits, Revision, ToClient, ToServer, Way};
-use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream};
+use tablecast_actors::protocol::wire::{self, Message};
+use tablecast_actors::protocol::{
+    Chain, Epoch, Limits, Position, Revision, ToClient, ToServer, Way,
+};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWriteExt, DuplexStream};
 use tokio::sync::mpsc;
 
 /// How it is reached.
@@ -37,7 +38,8 @@ pub(crate) async fn write(stream: &mut DuplexStream, message: &ToClient) {
     stream.write_all(&wire::encode(message)).await.unwrap();
 }
 
-pub(crate) async fn read(stream: &mut DuplexStream) -> ToServer {
+/// The next message, at either end.
+pub(crate) async fn read<M: Message>(stream: &mut (impl AsyncRead + Unpin)) -> M {
     let length = usize::try_from(stream.read_u32().await.unwrap()).unwrap();
     let mut payload = vec![0; length];
     stream.read_exact(&mut payload).await.unwrap();
@@ -49,18 +51,8 @@ pub(crate) async fn welcome(connected: &mut mpsc::UnboundedReceiver<DuplexStream
     let mut stream = connected.recv().await.unwrap();
     let hello = read(&mut stream).await;
     assert!(matches!(hello, ToServer::Hello { .. }), "{hello:?}");
-    let limits = Limits::default();
-    let welcome = ToClient::Welcome {
-        version: VERSION,
-        tree: TREE_VERSION,
-        epoch: Epoch::from_bytes([1; 16]),
-        revision: Revision::ZERO,
-        chain: Chain::START,
-        frame_bytes: limits.frame_bytes as u64,
-        key_bytes: limits.key_bytes as u64,
-        value_bytes: limits.value_bytes as u64,
-        way: Way::NoPosition,
-    };
-    write(&mut stream, &welcome).await;
+    let epoch = Epoch::from_bytes([1; 16]);
+    let at = Position { epoch, revision: Revision::ZERO, chain: Chain::START };
+    write(&mut stream, &ToClient::welcome(at, Way::NoPosition, &Limits::default())).await;
     stream
 }

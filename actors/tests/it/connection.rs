@@ -3,10 +3,12 @@
 use tablecast_actors::ServerConfig;
 use tablecast_actors::access::memory::{self, MemoryAccess};
 use tablecast_actors::access::{Access, Stream};
-use tablecast_actors::protocol::wire::{self, HEADER_BYTES};
+use tablecast_actors::protocol::wire;
 use tablecast_actors::protocol::{Epoch, Limits, MemoryStore, Table, ToClient, ToServer};
 use tablecast_actors::server::{Endpoint, Ready};
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::io::AsyncWriteExt;
+
+use crate::by_hand::read;
 
 /// A server of an empty table that is ready.
 pub(crate) async fn serve(config: ServerConfig) -> (Endpoint, MemoryAccess) {
@@ -25,12 +27,4 @@ pub(crate) async fn subscribe(access: &impl Access) -> Box<dyn Stream> {
     let message = read(&mut stream).await;
     assert!(matches!(message, ToClient::Welcome { .. }), "{message:?}");
     stream
-}
-
-pub(crate) async fn read(stream: &mut Box<dyn Stream>) -> ToClient {
-    let mut header = [0; HEADER_BYTES];
-    stream.read_exact(&mut header).await.unwrap();
-    let mut payload = vec![0; u32::from_be_bytes(header) as usize];
-    stream.read_exact(&mut payload).await.unwrap();
-    wire::decode(&payload, &Limits::default()).unwrap()
 }

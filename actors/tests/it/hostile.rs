@@ -10,7 +10,6 @@ use tablecast_actors::protocol::{
     Chain, Change, Key, MemoryStore, Reader, Reason, Replica, Revision, Store, StoreError,
     ToClient, ToServer, Value,
 };
-
 use tokio::io::AsyncWriteExt;
 
 use crate::by_hand::{by_hand, read, welcome, write};

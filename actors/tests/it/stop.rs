@@ -6,7 +6,8 @@ use tablecast_actors::ServerConfig;
 use tablecast_actors::protocol::{Change, Reason, ToClient};
 use tablecast_actors::server::{Stop, Write};
 
-use crate::connection::{read, serve, subscribe};
+use crate::by_hand::read;
+use crate::connection::{serve, subscribe};
 
 #[actix_rt::test]
 async fn who_does_not_read_in_time_is_told_where_the_history_ends() {

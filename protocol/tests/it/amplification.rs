@@ -8,7 +8,7 @@ use bytes::Bytes;
 use tablecast_protocol::client::{self, Output, RootOf};
 use tablecast_protocol::diff::{Query, Walk, Widths, answer};
 use tablecast_protocol::server::{self, Event, SessionConfig, Transmit};
-use tablecast_protocol::wire::{self, Changes, Message, Raw, VERSION};
+use tablecast_protocol::wire::{self, Changes, Message, Raw};
 use tablecast_protocol::{
     AbortReason, Chain, Change, DiffId, Epoch, FollowerId, Hash, HeartbeatConfig, Key, Limits, Log,
     MemoryStore, Position, Reason, Replica, Revision, Table, ToClient, ToServer, Value, Way,
@@ -277,18 +277,9 @@ impl ClientEnd {
 }
 
 fn welcome(way: Way) -> ToClient {
-    let limits = Limits::default();
-    ToClient::Welcome {
-        version: VERSION,
-        tree: 1,
-        epoch: Epoch::from_bytes([1; 16]),
-        revision: Revision::ZERO,
-        chain: Chain::START,
-        frame_bytes: limits.frame_bytes as u64,
-        key_bytes: limits.key_bytes as u64,
-        value_bytes: limits.value_bytes as u64,
-        way,
-    }
+    let epoch = Epoch::from_bytes([1; 16]);
+    let at = Position { epoch, revision: Revision::ZERO, chain: Chain::START };
+    ToClient::welcome(at, way, &Limits::default())
 }
 
 #[test]
