@@ -68,8 +68,9 @@ pub(super) fn check_at(args: &Serve, at: &SocketAddr) -> Result<(), Failure> {
     )))
 }
 
-/// Only this machine reaches it.
+/// Only this machine reaches it, or is there.
 pub(super) fn is_local(at: &SocketAddr) -> bool {
+    // An IPv4 address may come in the clothes of an IPv6 one.
     at.ip().to_canonical().is_loopback()
 }
 

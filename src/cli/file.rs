@@ -89,10 +89,7 @@ impl Dump {
             let target = if path.exists() { path.canonicalize()? } else { path.to_owned() };
             ensure!(!target.exists() || target.is_file(), "not a file");
             ensure!(target.file_name().is_some(), "not the name of a file");
-            let directory = match target.parent() {
-                Some(parent) if parent != Path::new("") => parent.to_owned(),
-                _ => PathBuf::from("."),
-            };
+            let directory = directory_of(&target).to_owned();
             ensure!(directory.is_dir(), "no directory {}", directory.display());
             Ok((target, directory))
         };
@@ -146,6 +143,12 @@ impl Dump {
         sync(&self.directory);
         Ok(())
     }
+}
+
+/// Where a file is.
+pub(super) fn directory_of(path: &Path) -> &Path {
+    let parent = path.parent().filter(|parent| *parent != Path::new(""));
+    parent.unwrap_or(Path::new("."))
 }
 
 /// What has been renamed or removed in a directory is so after a power cut, too, where a directory can be opened and

@@ -60,24 +60,23 @@ pub(super) async fn run(args: &Follow, output: &Output) -> Result<ExitCode, Fail
         // Nobody reads it: then that is noticed at the next event.
         output.say(Event::Started { http: http.address }).await.ok();
     }
-    let events = client.events().await?;
+    let mut events = client.events().await?;
     client.ready().await?;
+    let bar = DiffBar::default();
     let mut follower =
-        Follower { args, client: &client, output, bar: DiffBar::default(), said: None };
+        Follower { args, client: &client, output, bar, said: None, connected: false };
     let left = tokio::select! {
-        left = follower.follow(events) => left,
+        left = follower.follow(&mut events) => left,
         () = signals.recv() => Ok(Left::Told),
         () = tokio::time::sleep(args.timeout), if args.once => {
             client.status().await.map(|status| Left::TooLate(status.disconnected))
         }
     };
+    let connected = follower.connected;
     drop(follower);
     if let Some(http) = http {
         http.stop().await;
     }
-    // It may connect yet.
-    let late = client.events().await;
-    let connects = client.status().await.map(|status| status.connects);
     // It is of no consequence here if the farewell does not get through.
     let position = tokio::time::timeout(STOP_TIMEOUT, client.stop()).await.ok().flatten();
     let left = left?;
@@ -86,7 +85,7 @@ pub(super) async fn run(args: &Follow, output: &Output) -> Result<ExitCode, Fail
     {
         // A table in the middle of a diff is none that there ever was, and an empty one need not be the server's: the file may
         // hold the last whole one. What was loaded, and is as it was, may be written.
-        let loaded = args.load.is_some() && matches!(connects, Ok(0)) && late.is_ok_and(is_silent);
+        let loaded = args.load.is_some() && !connected && is_silent(events);
         if !args.once && position.is_none() && !loaded {
             let path = path.display();
             return Err(Failure::Work(anyhow!(
@@ -151,13 +150,15 @@ struct Follower<'a> {
     bar: DiffBar,
     /// What was said of a diff last, and when.
     said: Option<(DiffPhase, Instant)>,
+    /// There was a connection, or there may have been.
+    connected: bool,
 }
 
 impl Follower<'_> {
     /// Says what happens until it is time to leave.
-    async fn follow(&mut self, mut events: broadcast::Receiver<Happened>) -> Result<Left, Error> {
+    async fn follow(&mut self, events: &mut broadcast::Receiver<Happened>) -> Result<Left, Error> {
         loop {
-            let left = match self.bar.next(&mut events).await {
+            let left = match self.bar.next(events).await {
                 Ok(event) => self.happened(event).await,
                 Err(RecvError::Lagged(missed)) => self.missed(missed).await?,
                 Err(RecvError::Closed) => return Err(Error::Stopped),
@@ -173,6 +174,7 @@ impl Follower<'_> {
     async fn happened(&mut self, event: Happened) -> Result<Option<Left>, Closed> {
         let event = match event {
             Happened::Connected(at, way) => {
+                self.connected = true;
                 if self.args.once && way.resumes() {
                     // It comes by itself otherwise. It begins when what was missed is there, and its end is an
                     // event.
@@ -247,6 +249,7 @@ impl Follower<'_> {
 
     /// Among what was missed may be the diff that is waited for.
     async fn missed(&mut self, events: u64) -> Result<Result<Option<Left>, Closed>, Error> {
+        self.connected = true;
         let message = format!("{events} events were missed");
         if let Err(Closed) = self.output.say(Event::Error { message }).await {
             return Ok(Err(Closed));
@@ -262,7 +265,7 @@ impl Follower<'_> {
     }
 }
 
-/// No connection was there.
+/// Nor does what is left say that there was a connection.
 fn is_silent(mut events: broadcast::Receiver<Happened>) -> bool {
     loop {
         match events.try_recv() {

@@ -368,8 +368,7 @@ fn written_by<'a>(request: &HttpRequest, table: &'a Table) -> Result<&'a Server,
 
 /// A page in a browser on this machine may come from anywhere, whatever name it calls this address by.
 fn may_write(peer: Option<SocketAddr>, in_a_browser: bool, from_anywhere: bool) -> bool {
-    // An IPv4 address may come in the clothes of an IPv6 one.
-    let here = peer.is_some_and(|peer| peer.ip().to_canonical().is_loopback());
+    let here = peer.is_some_and(|peer| is_local(&peer));
     from_anywhere || (here && !in_a_browser)
 }
 

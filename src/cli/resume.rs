@@ -64,9 +64,7 @@ fn matches(saved: &Saved, (root, keys): (Hash, usize)) -> anyhow::Result<()> {
 /// Forgets where the table of a file stood.
 pub(super) fn forget(file: &Path) -> anyhow::Result<()> {
     let path = beside(file);
-    let directory = path.parent().filter(|parent| *parent != Path::new(""));
-    let directory = directory.unwrap_or(Path::new("."));
-    match std::fs::remove_file(&path).map(|()| file::sync(directory)) {
+    match std::fs::remove_file(&path).map(|()| file::sync(file::directory_of(&path))) {
         Err(error) if error.kind() != ErrorKind::NotFound => {
             Err(error).with_context(|| format!("cannot remove {}", path.display()))
         }

@@ -210,6 +210,21 @@ fn serve<const N: usize>(args: [&str; N]) -> (Program, String) {
     (program, listen)
 }
 
+/// Where nobody answers.
+fn silent() -> (TcpListener, String) {
+    let silent = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = silent.local_addr().unwrap().to_string();
+    (silent, address)
+}
+
+/// Where the server listens whose first event this is. Nothing more is read.
+fn listens(stdout: impl Read) -> String {
+    let mut ready = String::new();
+    BufReader::new(stdout).read_line(&mut ready).unwrap();
+    let ready: Value = serde_json::from_str(&ready).unwrap();
+    ready["listen"].as_str().unwrap().to_owned()
+}
+
 fn serve_file(path: &str) -> (Program, String) {
     serve(["serve", "--listen", "127.0.0.1:0", "--load", path, "--json"])
 }
@@ -590,8 +605,7 @@ fn signals_end_both_in_an_orderly_way() {
 #[test]
 fn without_a_server_a_signal_still_dumps() {
     let files = Files::new();
-    let silent = TcpListener::bind("127.0.0.1:0").unwrap();
-    let address = silent.local_addr().unwrap().to_string();
+    let (silent, address) = silent();
     let (table, dump) = (files.write("t", MIXED), files.path("dump"));
     let mut follower =
         Program::start(["follow", "--connect", &address, "--load", &table, "--dump", &dump]);
@@ -616,8 +630,7 @@ fn without_a_server_a_signal_still_dumps() {
 #[test]
 fn what_may_lack_something_is_not_dumped() {
     let files = Files::new();
-    let silent = TcpListener::bind("127.0.0.1:0").unwrap();
-    let address = silent.local_addr().unwrap().to_string();
+    let (silent, address) = silent();
     let dump = files.write("t", MIXED);
     let mut follower = Program::start(["follow", "--connect", &address, "--dump", &dump]);
     let _connection = silent.accept().unwrap();
@@ -660,11 +673,9 @@ fn one_command_line_starts_it_the_first_time_too() {
 fn a_server_that_nobody_listens_to_serves_on() {
     let files = Files::new();
     let dump = files.path("dump");
-    let args = ["serve", "--listen", "127.0.0.1:0", "--stdin", "--dump", &dump];
+    let args = ["serve", "--listen", "127.0.0.1:0", "--stdin", "--dump", &dump, "--json"];
     let (mut server, stdout) = Program::start_unread(args);
-    let mut ready = String::new();
-    BufReader::new(stdout).read_line(&mut ready).unwrap();
-    let listen = ready.split_whitespace().nth(2).unwrap().trim_end_matches([',', ':']).to_owned();
+    let listen = listens(stdout);
     // Each is said to be wrong, to nobody.
     server.input(&b"wrong\n".repeat(10));
     server.input(b"{\"key\":\"k\",\"value\":\"v\"}\n");
@@ -695,17 +706,15 @@ fn a_server_that_nobody_listens_to_serves_on() {
 #[cfg(target_os = "linux")]
 #[test]
 fn a_closed_terminal_that_is_ignored_ends_nothing() {
-    let command =
-        format!("trap '' HUP; exec {} serve --listen 127.0.0.1:0", env!("CARGO_BIN_EXE_tablecast"));
+    let tablecast = env!("CARGO_BIN_EXE_tablecast");
+    let command = format!("trap '' HUP; exec {tablecast} serve --listen 127.0.0.1:0 --json");
     let mut shell = Command::new("sh");
     let mut server = shell.args(["-c", &command]).stdout(Stdio::piped()).spawn().unwrap();
-    let mut ready = String::new();
-    BufReader::new(server.stdout.as_mut().unwrap()).read_line(&mut ready).unwrap();
-    let listen = ready.split_whitespace().nth(2).unwrap().trim_end_matches([',', ':']);
+    let listen = listens(server.stdout.as_mut().unwrap());
     let kill =
         |signal| Command::new("kill").args(["-s", signal, &server.id().to_string()]).status();
     assert!(kill("HUP").unwrap().success());
-    let follower = ["follow", "--connect", listen, "--once"];
+    let follower = ["follow", "--connect", &listen, "--once"];
     assert_eq!(Program::start(follower).end().code, Some(0));
     assert!(kill("TERM").unwrap().success());
     assert_eq!(server.wait().unwrap().code(), Some(0));

@@ -178,8 +178,7 @@ fn what_is_wrong_is_refused_and_says_why() {
 #[test]
 fn health_status_and_metrics() {
     // The port is kept from others until it is needed.
-    let silent = TcpListener::bind("127.0.0.1:0").unwrap();
-    let listen = silent.local_addr().unwrap().to_string();
+    let (silent, listen) = silent();
     let (follower, theirs) = follow_http(&listen);
     assert_eq!(get(&theirs, "/healthz").status, 200);
     let answer = get(&theirs, "/readyz");

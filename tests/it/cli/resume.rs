@@ -72,8 +72,7 @@ fn a_position_that_is_void_is_forgotten() {
     assert_eq!(files.read("f.position"), "old");
 
     // Written as it was loaded, it stands nowhere.
-    let silent = TcpListener::bind("127.0.0.1:0").unwrap();
-    let listen = silent.local_addr().unwrap().to_string();
+    let (silent, listen) = silent();
     let mut follower = Program::start(["follow", "--connect", &listen, a, b, c, d, e, f]);
     let _connection = silent.accept().unwrap();
     follower.signal("TERM");

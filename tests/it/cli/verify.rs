@@ -72,8 +72,7 @@ fn different_tables() {
 fn no_verdict() {
     let files = Files::new();
     let table = files.write("t", MIXED);
-    let silent = TcpListener::bind("127.0.0.1:0").unwrap();
-    let address = silent.local_addr().unwrap().to_string();
+    let (_silent, address) = silent();
     let args = ["verify", "--connect", &address, "--load", &table, "--timeout", "0.3"];
     let mut verify = Program::start(args);
     let ended = verify.end();
