@@ -268,12 +268,21 @@ enum Kind {
     Answer,
 }
 
+impl From<RootOf> for Kind {
+    fn from(of: RootOf) -> Self {
+        match of {
+            RootOf::Diff(_) => Self::Diff,
+            RootOf::Mark(_) => Self::Mark,
+            RootOf::Checkpoint(_) => Self::Checkpoint,
+        }
+    }
+}
+
 impl Work {
     fn kind(&self) -> Kind {
         match self {
-            Self::Root(RootOf::Diff(_), _) => Kind::Diff,
-            Self::Root(RootOf::Mark(_), _) => Kind::Mark,
-            Self::Root(RootOf::Checkpoint(_), _) | Self::Scrub(..) => Kind::Checkpoint,
+            Self::Root(of, _) => (*of).into(),
+            Self::Scrub(..) => Kind::Checkpoint,
             Self::Answer { .. } => Kind::Answer,
         }
     }
@@ -292,9 +301,8 @@ enum Computed {
 impl Computed {
     fn kind(&self) -> Kind {
         match self {
-            Self::Root(_, RootOf::Diff(_), _) => Kind::Diff,
-            Self::Root(_, RootOf::Mark(_), _) => Kind::Mark,
-            Self::Root(_, RootOf::Checkpoint(_), _) | Self::Scrubbed(..) => Kind::Checkpoint,
+            Self::Root(_, of, _) => (*of).into(),
+            Self::Scrubbed(..) => Kind::Checkpoint,
             Self::Answer(..) => Kind::Answer,
         }
     }

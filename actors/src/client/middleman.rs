@@ -36,19 +36,6 @@ pub(crate) const HEARD_BYTES: usize = 1;
 const MESSAGE_BYTES: usize = 256;
 const CHANGE_BYTES: usize = 128;
 
-/// What a message takes while it waits. Small ones are many times as large as on the wire.
-fn waiting_bytes(frame: usize, message: &ToClient) -> usize {
-    let changes = if let ToClient::Live { changes, .. }
-    | ToClient::CatchUp { changes, .. }
-    | ToClient::Repair { writes: changes, .. } = message
-    {
-        changes.0.len()
-    } else {
-        0
-    };
-    frame + MESSAGE_BYTES + changes * CHANGE_BYTES
-}
-
 /// How many frames are read before others on this arbiter have their turn.
 const TURNS: usize = 32;
 
@@ -112,6 +99,19 @@ impl Link {
             client.do_send(heard);
         }
     }
+}
+
+/// What a message takes while it waits. Small ones are many times as large as on the wire.
+fn waiting_bytes(frame: usize, message: &ToClient) -> usize {
+    let changes = if let ToClient::Live { changes, .. }
+    | ToClient::CatchUp { changes, .. }
+    | ToClient::Repair { writes: changes, .. } = message
+    {
+        changes.0.len()
+    } else {
+        0
+    };
+    frame + MESSAGE_BYTES + changes * CHANGE_BYTES
 }
 
 impl Middleman {
@@ -233,17 +233,17 @@ impl Middleman {
                 }
                 return Ok(false);
             };
-            let frame = match frame {
-                Err(error @ AccessError::FrameTooLong { .. }) => {
-                    link.malformed = true;
-                    self.client.do_send(Malformed(connection, error));
-                    return Ok(false);
+            let decoded = match frame {
+                Err(error @ AccessError::FrameTooLong { .. }) => Err(error),
+                frame => {
+                    let frame = frame?.ok_or(AccessError::Closed)?;
+                    let message = wire::decode::<ToClient>(&frame, &self.config.limits);
+                    message.map(|message| (message, frame.len())).map_err(AccessError::from)
                 }
-                frame => frame?.ok_or(AccessError::Closed)?,
             };
-            match wire::decode::<ToClient>(&frame, &self.config.limits) {
+            match decoded {
                 // Answered here: the Client may be busy applying, and is alive all the same.
-                Ok(ToClient::Ping {}) => {
+                Ok((ToClient::Ping {}, _)) => {
                     // One is enough for however many were asked.
                     if link.framed.sent >= link.pong {
                         link.framed.queue(wire::encode(&ToServer::Pong {}));
@@ -251,15 +251,15 @@ impl Middleman {
                     }
                     link.heard(Heard { connection, part: false }, &self.client);
                 }
-                Ok(ToClient::Pong {}) => {
+                Ok((ToClient::Pong {}, _)) => {
                     link.heard(Heard { connection, part: false }, &self.client);
                 }
-                Ok(message) => {
+                Ok((message, frame)) => {
                     if matches!(message, ToClient::Welcome { .. }) {
                         link.framed.set_max_frame_bytes(self.config.limits.frame_bytes);
                         link.welcomed = Some(Instant::now());
                     }
-                    let bytes = waiting_bytes(frame.len(), &message);
+                    let bytes = waiting_bytes(frame, &message);
                     link.waiting += bytes;
                     let (sent, received) = link.base;
                     let traffic = Traffic {
@@ -273,7 +273,7 @@ impl Middleman {
                 Err(error) => {
                     // The session says goodbye, and why.
                     link.malformed = true;
-                    self.client.do_send(Malformed(connection, error.into()));
+                    self.client.do_send(Malformed(connection, error));
                     return Ok(false);
                 }
             }

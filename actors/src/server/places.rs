@@ -132,14 +132,12 @@ impl Places {
         let free =
             !self.running.iter().any(|running| running.again) && (!busy || self.next_again <= now);
         let shared = self.waiting_again.first_key_value().filter(|_| free);
-        let shared = shared.map(|(number, (follower, diff, _))| (*number, (*follower, *diff)));
-        let first = self.waiting.first_key_value().map(|(number, _)| *number);
-        let shared =
-            shared.filter(|(number, _)| first.is_none_or(|first| *number < first && !busy));
-        let again = shared.is_some();
-        let (follower, diff) = if let Some((number, diff)) = shared {
-            self.waiting_again.remove(&number);
-            diff
+        let first = self.waiting.first_key_value();
+        let again = shared
+            .is_some_and(|(shared, _)| first.is_none_or(|(first, _)| shared < first && !busy));
+        let (follower, diff) = if again {
+            let (_, (follower, diff, _)) = self.waiting_again.pop_first()?;
+            (follower, diff)
         } else {
             self.waiting.pop_first()?.1
         };
