@@ -8,7 +8,8 @@ use clap::ArgAction;
 use serde_json::json;
 use tablecast::{ClientConfig, DiffOutcome, DiffReport, MemoryStore, ServerConfig};
 use tablecast_bench::{KEY_BYTES, differences, disturb, follow, keys, median, serve, store};
-use tablecast_protocol::diff::{Difference, Step, Walk, answer};
+use tablecast_protocol::diff::{Found, Step, Walk, answer};
+use tablecast_protocol::server::SessionConfig;
 use tablecast_protocol::wire::{self, Raw};
 use tablecast_protocol::{
     Chain, Change, DiffId, Revision, Store, ToClient, ToServer, Tree, tree::Entry,
@@ -130,7 +131,7 @@ fn walks(keys: &[[u8; KEY_BYTES]], args: &Args) -> anyhow::Result<Vec<Walked>> {
                 };
             }
             let (walked, found) = walk(&server, &follower)?;
-            anyhow::ensure!(found.len() == args.differ, "the walk found {}", found.len());
+            anyhow::ensure!(found.len() == args.differ as u64, "the walk found {}", found.len());
             Ok(walked)
         })
         .collect()
@@ -142,7 +143,7 @@ pub(crate) fn tree_of(store: &MemoryStore) -> anyhow::Result<Tree> {
 }
 
 /// Every frame of a diff but the repairs and their acknowledgements, as the sessions would send them.
-pub(crate) fn walk(server: &Tree, follower: &Tree) -> anyhow::Result<(Walked, Difference)> {
+pub(crate) fn walk(server: &Tree, follower: &Tree) -> anyhow::Result<(Walked, Found)> {
     let (diff, revision) = (DiffId(1), Revision(1));
     let mut walked = Walked::default();
     let root = timed(&mut walked.root, || follower.root());
@@ -155,7 +156,14 @@ pub(crate) fn walk(server: &Tree, follower: &Tree) -> anyhow::Result<(Walked, Di
     let mut step = None;
     let mut walk = None;
     timed(&mut walked.server, || {
-        let (begun, first) = Walk::new(server.clone(), root, len, false, 1 << 20);
+        let (begun, first) = Walk::new(
+            server.clone(),
+            root,
+            len,
+            false,
+            1 << 20,
+            SessionConfig::default().part_keys,
+        );
         (walk, step) = (Some(begun), Some(first));
     });
     let max_bytes = ClientConfig::default().limits.answer_bytes;
@@ -175,7 +183,7 @@ pub(crate) fn walk(server: &Tree, follower: &Tree) -> anyhow::Result<(Walked, Di
     };
     // As the follower counts: what came with the asking was waited for, too.
     walked.rounds = walked.rounds.max(1);
-    let (writes, deletes) = (found.writes.len() as u64, found.deletes.len() as u64);
+    let (writes, deletes) = (found.writes, found.first.deletes.len() as u64);
     walked.bytes += wire::encode(&ToClient::SyncSeq { diff, writes, deletes }).len();
     let chain = Chain::START.tag();
     let done = ToClient::SyncDone { diff, revision, chain, suppressed: 0, failed: 0 };

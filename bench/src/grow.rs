@@ -144,7 +144,7 @@ fn walked(tree: &Tree, keys: &[[u8; KEY_BYTES]], differ: usize) -> anyhow::Resul
     follower.root();
     let before = machine::cpu_ms();
     let (walked, found) = walk(tree, &follower)?;
-    ensure!(found.len() == differ, "the walk found {}", found.len());
+    ensure!(found.len() == differ as u64, "the walk found {}", found.len());
     Ok((machine::cpu_ms() - before, walked.bytes as f64))
 }
 

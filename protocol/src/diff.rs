@@ -21,12 +21,14 @@
 //! only is sdiff's.
 
 mod answer;
+mod collect;
 mod walk;
 
 pub use answer::answer;
 use bytes::Bytes;
+pub use collect::collect;
 use serde::{Deserialize, Serialize};
-pub use walk::{Step, Walk};
+pub use walk::{Found, Step, Walk};
 
 use crate::error::ProtocolError;
 use crate::tree::{Entry, Hash, KeyHash, KeyPrefix, LEAF_ENTRIES, Path};
@@ -175,7 +177,7 @@ impl Query {
 /// the top bit set on all but the last.
 pub type Answer = Bytes;
 
-/// What a walk finds: what to do on the follower so that its snapshot becomes the server's.
+/// What to do on the follower so that its snapshot becomes the server's, or a part of it.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Difference {
     /// Entries that the follower lacks or has another value of, in the order of their keys.
@@ -190,17 +192,11 @@ impl Difference {
         self.writes.len() + self.deletes.len()
     }
 
-    /// Brings the writes into the order of their keys, in which a store that is ordered is read, and the
-    /// follower's written, from one end to the other.
-    fn sort(&mut self) {
-        self.writes.sort_unstable_by(|a, b| a.key().cmp(b.key()));
-    }
-
     /// The last one to write, or to delete at when there is none to write any more. What is taken is given
-    /// back by halves: what is found may be a whole table.
-    pub(crate) fn pop(&mut self) -> Option<Found> {
-        let write = pop(&mut self.writes).map(Found::Write);
-        write.or_else(|| pop(&mut self.deletes).map(Found::Delete))
+    /// back by halves: deletes may be a whole table.
+    pub(crate) fn pop(&mut self) -> Option<One> {
+        let write = pop(&mut self.writes).map(One::Write);
+        write.or_else(|| pop(&mut self.deletes).map(One::Delete))
     }
 
     /// Whether the snapshots are equal.
@@ -210,7 +206,7 @@ impl Difference {
 }
 
 /// One of a [`Difference`].
-pub(crate) enum Found {
+pub(crate) enum One {
     Write(Entry),
     Delete(KeyPrefix),
 }

@@ -33,7 +33,9 @@
 //!    key changed behind the snapshot is in `updated` when its change is on the wire. In the other
 //!    order a change between the two would be in neither, and its key repaired although updated.
 //! 2. **Read late.** Values are not those of the snapshot: the server reads them chunk by chunk,
-//!    each chunk in one turn, so all of them are as they were at one revision q.
+//!    each chunk in one turn, so all of them are as they were at one revision q. (Keys beyond the first part of what
+//!    was found are looked up late, too, in a later snapshot. It lacks what was deleted meanwhile, and has what was
+//!    added: the first is not to be repaired, the second is in `updated`.)
 //! 3. **Hold.** A chunk read at q goes on the wire only when every live change up to q has
 //!    ([`Session::poll_transmit`]). Sent earlier it would be followed by a change older than itself.
 //! 4. **Suppress at that moment, not before.** Between the reading and the sending the stream went on. What
@@ -63,7 +65,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
-use crate::diff::{Answer, Difference, Step};
+use crate::diff::{Answer, Difference, Found, Step};
 use crate::error::{DecodeError, ProtocolError};
 use crate::heartbeat::{Beat, Heartbeat, HeartbeatConfig};
 use crate::limits::Limits;
@@ -76,7 +78,7 @@ use crate::message::{
 use crate::mutation::{Broken, Mutation};
 use crate::position::{Chain, Position, Revision};
 use crate::table::Values;
-use crate::tree::{Hash, KeyHash, TREE_VERSION, Tree};
+use crate::tree::{Entry, Hash, KeyHash, Path, TREE_VERSION, Tree};
 use crate::wire::{self, Changes, HEADER_BYTES, LiveFrame, Message, Raw, VERSION};
 use crate::{Change, limits};
 use updated::Updated;
@@ -92,9 +94,11 @@ pub struct SessionConfig {
     /// Most repairs sent and not acknowledged: 2, so that one is on its way while one is applied,
     /// and no megabytes of them stand in a socket's buffer before a live change.
     pub repair_window: u32,
-    /// Most keys updated during one diff that are remembered: 1 Mi, 16 MiB. One more aborts it, or if keys were
-    /// updated over and over, as many more.
+    /// Most keys updated during one diff that are remembered: 1 Mi, some 20 MiB. One more aborts it.
     pub updated_keys: usize,
+    /// Of how many keys that a walk found the entries are held at once: 4 Ki, 256 KiB of them, or a sixteenth of the table if
+    /// that is more. Others are held as nodes of the tree, until it is their turn.
+    pub part_keys: usize,
     /// Most changes of which a follower that comes back is sent one a key: 256 Ki, for 32 KiB of memory a
     /// follower. One that missed more is sent all of them. 0 is never.
     pub shorten_changes: usize,
@@ -115,6 +119,7 @@ impl Default for SessionConfig {
             repair_bytes: 64 << 10,
             repair_window: 2,
             updated_keys: 1 << 20,
+            part_keys: 4 << 10,
             shorten_changes: 256 << 10,
             missed_bytes: 64 << 10,
             diff_stall: Duration::from_secs(30),
@@ -270,6 +275,12 @@ enum Phase {
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 struct Repair {
+    /// Of all that was found, what is not in `found` yet.
+    rest: Vec<Path>,
+    /// The next part of it is being collected, out of a snapshot of the tree as it is then.
+    collecting: bool,
+    /// The next reading waits for that.
+    waits: bool,
     /// What has not been looked at.
     found: Difference,
     /// A part of what was found, without what was updated by then: what is read.
@@ -285,14 +296,15 @@ struct Repair {
     held_bytes: usize,
     /// The head when the last repair ended: live changes up to here go first.
     turn: Revision,
-    suppressed: u64,
+    /// How many keys were sent.
+    sent: u64,
     failed: BTreeSet<KeyHash>,
 }
 
 impl Repair {
     /// Of what the walk found, the next part that is to be read, when the last one has been. It may be empty: so much is looked at
     /// in one go, and no more.
-    fn look_on(&mut self, updated: &mut Updated, broken: Broken) {
+    fn look_on(&mut self, updated: &Updated, broken: Broken) {
         if self.next < self.part.len() {
             return;
         }
@@ -300,11 +312,9 @@ impl Repair {
             && !broken.breaks(Mutation::NoDeleteSuppression)
             && !broken.breaks(Mutation::SuppressAtReading);
         let many = (self.max_bytes / PART_BYTES).max(1);
-        let nothing = &mut Updated::default();
+        let nothing = &Updated::default();
         let updated = if early { updated } else { nothing };
-        let (part, others) = updated.skim(&mut self.found, many);
-        self.suppressed += others;
-        self.part = Arc::new(part);
+        self.part = Arc::new(updated.skim(&mut self.found, many));
         self.next = if broken.breaks(Mutation::PartCutShort) { 1 } else { 0 };
     }
 
@@ -359,6 +369,18 @@ pub enum Event {
     },
     /// Give this to the Differ.
     Answer(DiffId, Answer),
+    /// Collect the next part of what a walk found ([`collect`](crate::diff::collect)), away from everything else, then
+    /// [`Session::handle_collected`], or [`Session::handle_walk_failed`].
+    Collect {
+        /// Of which diff.
+        diff: DiffId,
+        /// The server's tree.
+        tree: Tree,
+        /// Where the keys are that were not collected yet.
+        rest: Vec<Path>,
+        /// Most keys.
+        most: usize,
+    },
     /// Read repairs ([`Table::read`](crate::Table::read)), then [`Session::handle_values`].
     Read {
         /// Of which diff.
@@ -414,6 +436,8 @@ pub enum Reply {
     Snapshot(DiffId, Tree),
     /// [`Session::handle_step`].
     Step(DiffId, Step),
+    /// [`Session::handle_collected`].
+    Collected(DiffId, Vec<Entry>, Vec<Path>),
     /// [`Session::handle_walk_failed`].
     WalkFailed(DiffId),
     /// [`Session::handle_bad_answer`].
@@ -777,13 +801,20 @@ impl Session {
 
     /// The snapshot of the server's tree.
     pub fn handle_snapshot(&mut self, diff: DiffId, tree: Tree) {
-        if let Some(at) = self.diff(diff)
-            && at.phase == Phase::Snapshot
-        {
-            at.recording = true;
-            at.phase = Phase::Walk { asked: false };
-            let (root, len, full) = (at.root, at.len, at.full);
-            self.events.push_back(Event::Walk { diff, tree, root, len, full });
+        let most = self.config.part_keys;
+        let Some(at) = self.diff(diff) else { return };
+        match &mut at.phase {
+            Phase::Snapshot => {
+                at.recording = true;
+                at.phase = Phase::Walk { asked: false };
+                let (root, len, full) = (at.root, at.len, at.full);
+                self.events.push_back(Event::Walk { diff, tree, root, len, full });
+            }
+            Phase::Repair(repair) if repair.collecting && !repair.rest.is_empty() => {
+                let rest = std::mem::take(&mut repair.rest);
+                self.events.push_back(Event::Collect { diff, tree, rest, most });
+            }
+            Phase::Queued | Phase::Walk { .. } | Phase::Repair(_) | Phase::Mark { .. } => {}
         }
     }
 
@@ -791,7 +822,7 @@ impl Session {
     pub fn handle_step(&mut self, diff: DiffId, step: Step) {
         let ends = self.broken.breaks(Mutation::RecordingEndsWithWalk);
         let hold = !self.broken.breaks(Mutation::HeldRepairsSent);
-        let (turn, broken, most_bytes) = (self.sent(), self.broken, self.repair_bytes());
+        let (turn, most_bytes) = (self.sent(), self.repair_bytes());
         let Some(at) = self.diff(diff) else { return };
         let diff = at.id;
         let Phase::Walk { asked } = &mut at.phase else { return };
@@ -801,12 +832,15 @@ impl Session {
                 at.served.rounds += 1;
                 self.control.push_back(ToClient::SyncRequest { diff, query });
             }
-            Step::Done(found) => {
-                let (writes, deletes) = (found.writes.len() as u64, found.deletes.len() as u64);
+            Step::Done(Found { first: found, writes, rest }) => {
+                let deletes = found.deletes.len() as u64;
                 (at.served.writes, at.served.deletes) = (writes, deletes);
                 let held = hold && deletes > at.max_deletes;
                 at.recording = !ends;
-                let mut repair = Repair {
+                at.phase = Phase::Repair(Repair {
+                    rest,
+                    collecting: false,
+                    waits: false,
                     found,
                     part: Arc::default(),
                     next: 0,
@@ -815,24 +849,57 @@ impl Session {
                     ready: None,
                     held_bytes: 0,
                     turn,
-                    suppressed: 0,
+                    sent: 0,
                     failed: BTreeSet::new(),
-                };
-                repair.look_on(&mut at.updated, broken);
-                at.phase = Phase::Repair(repair);
+                });
                 self.control.push_back(ToClient::SyncSeq { diff, writes, deletes });
                 if held {
                     self.abort(diff, AbortReason::Held);
                 } else {
+                    self.look_on(diff);
                     self.read_on(diff);
                 }
             }
         }
     }
 
-    /// The Differ ended without a result. Another diff may do better.
+    /// The next part of what was found, and what is left of the rest.
+    pub fn handle_collected(&mut self, diff: DiffId, writes: Vec<Entry>, rest: Vec<Path>) {
+        if let Some(at) = self.diff(diff)
+            && let Phase::Repair(repair) = &mut at.phase
+            && repair.collecting
+        {
+            repair.found.writes = writes;
+            (repair.rest, repair.collecting) = (rest, false);
+            let waits = std::mem::take(&mut repair.waits);
+            self.progress += 1;
+            self.look_on(diff);
+            if waits {
+                self.read_on(diff);
+            }
+        }
+    }
+
+    /// Of what the walk found, the next part that is to be read, and more of the rest where there is no other.
+    fn look_on(&mut self, diff: DiffId) {
+        let broken = self.broken;
+        let Some(at) = self.diff(diff) else { return };
+        let Phase::Repair(repair) = &mut at.phase else { return };
+        repair.look_on(&at.updated, broken);
+        if repair.found.is_empty() && !repair.rest.is_empty() && !repair.collecting {
+            repair.collecting = true;
+            self.events.push_back(Event::Snapshot(diff));
+        }
+    }
+
+    /// The Differ ended without a result, or the next part was not collected. Another diff may do better.
     pub fn handle_walk_failed(&mut self, diff: DiffId) {
-        if self.diff(diff).is_some_and(|at| matches!(at.phase, Phase::Walk { .. })) {
+        let works = |at: &Diff| match &at.phase {
+            Phase::Walk { .. } => true,
+            Phase::Repair(repair) => repair.collecting,
+            Phase::Queued | Phase::Snapshot | Phase::Mark { .. } => false,
+        };
+        if self.diff(diff).is_some_and(|at| works(at)) {
             self.abort(diff, AbortReason::Walk);
         }
     }
@@ -846,21 +913,19 @@ impl Session {
 
     /// What the server read for a repair.
     pub fn handle_values(&mut self, diff: DiffId, mut values: Values) {
-        let broken = self.broken;
-        let early = broken.breaks(Mutation::SuppressAtReading);
+        let early = self.broken.breaks(Mutation::SuppressAtReading);
         if let Some(at) = self.diff(diff)
             && let Phase::Repair(repair) = &mut at.phase
             && repair.ready.is_none()
         {
             repair.next = values.next;
-            repair.suppressed += values.changed;
             repair.failed.extend(&values.failed);
             if early {
-                repair.suppressed += at.updated.suppress(&mut values, true);
+                at.updated.suppress(&mut values, true);
             }
             repair.ready = Some(values);
             // Here and not where the next reading is asked for, which is beside the log.
-            repair.look_on(&mut at.updated, broken);
+            self.look_on(diff);
         }
     }
 
@@ -920,6 +985,7 @@ impl Session {
             Reply::Busy(diff) => self.handle_busy(diff),
             Reply::Snapshot(diff, tree) => self.handle_snapshot(diff, tree),
             Reply::Step(diff, step) => self.handle_step(diff, step),
+            Reply::Collected(diff, writes, rest) => self.handle_collected(diff, writes, rest),
             Reply::WalkFailed(diff) => self.handle_walk_failed(diff),
             Reply::BadAnswer(diff, error) => self.handle_bad_answer(diff, &error),
             Reply::Values(diff, values) => self.handle_values(diff, values),
@@ -1198,8 +1264,9 @@ impl Session {
         let Some(mut values) = repair.ready.take_if(|values| window && due(values)) else { return };
 
         if late {
-            repair.suppressed += at.updated.suppress(&mut values, deletes);
+            at.updated.suppress(&mut values, deletes);
         }
+        repair.sent += (values.writes.len() + values.deletes.len()) as u64;
         repair.turn = log.head();
         self.progress += 1;
         let diff = at.id;
@@ -1226,11 +1293,14 @@ impl Session {
             let (found, from) = (Arc::clone(&repair.part), repair.next);
             let max_bytes = repair.max_bytes;
             self.events.push_back(Event::Read { diff, found, from, max_bytes });
+        } else if repair.collecting {
+            repair.waits = true;
         } else {
             // A value that could not be read is no loss if a live change of its key came by.
             let failed = at.updated.count_others(&repair.failed);
-            at.phase =
-                Phase::Mark { suppressed: repair.suppressed, failed, mark: None, root: None };
+            let Served { writes, deletes, .. } = at.served;
+            let suppressed = (writes + deletes).saturating_sub(repair.sent + failed);
+            at.phase = Phase::Mark { suppressed, failed, mark: None, root: None };
             at.recording = false;
             at.updated = Updated::default();
             self.events.push_back(Event::Mark(diff));

@@ -82,9 +82,6 @@ pub struct Values {
     pub writes: Vec<(KeyHash, Key, Value)>,
     /// Prefixes that no key of the table begins with.
     pub deletes: Vec<KeyPrefix>,
-    /// How many keys are not as the walk found them any more: absent where it saw one, there where
-    /// it saw none. A live change says so.
-    pub changed: u64,
     /// Keys whose value is not what the tree says, or could not be read.
     pub failed: Vec<KeyHash>,
 }
@@ -216,7 +213,6 @@ impl Table {
             next: from,
             writes: Vec::new(),
             deletes: Vec::new(),
-            changed: 0,
             failed: Vec::new(),
         };
         let mut bytes = 0;
@@ -232,13 +228,13 @@ impl Table {
                         bytes += size;
                         values.writes.push((hash, Key::copy_from_slice(key), value));
                     }
-                    Ok(None) => values.changed += 1,
+                    // A live change says so.
+                    Ok(None) => {}
                     Err(()) => values.failed.push(hash),
                 }
             } else if let Some(prefix) = found.deletes.get(values.next - found.writes.len()) {
-                match self.tree.get_prefix(*prefix).next() {
-                    Some(_) => values.changed += 1,
-                    None => values.deletes.push(*prefix),
+                if self.tree.get_prefix(*prefix).next().is_none() {
+                    values.deletes.push(*prefix);
                 }
                 bytes += KeyHash::BYTES;
             } else {

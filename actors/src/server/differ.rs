@@ -30,6 +30,7 @@ pub(crate) struct Order {
     pub(crate) len: u64,
     pub(crate) full: bool,
     pub(crate) max_bytes: usize,
+    pub(crate) part_keys: usize,
 }
 
 /// The actor.
@@ -61,8 +62,9 @@ impl Actor for Differ {
     type Context = Context<Self>;
 
     fn started(&mut self, ctx: &mut Context<Self>) {
-        if let Some(Order { tree, root, len, full, max_bytes, .. }) = self.order.take() {
-            let (walk, step) = Walk::new(tree, root, len, full, max_bytes);
+        if let Some(order) = self.order.take() {
+            let Order { tree, root, len, full, max_bytes, part_keys, .. } = order;
+            let (walk, step) = Walk::new(tree, root, len, full, max_bytes, part_keys);
             self.walk = Some(walk);
             self.say(step, ctx);
         }

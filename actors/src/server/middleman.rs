@@ -19,7 +19,8 @@ use std::time::Duration;
 use actix::prelude::*;
 use actix_rt::ArbiterHandle;
 use bytes::Bytes;
-use tablecast_protocol::server::{Event, Reply, Served, Session, Transmit};
+use tablecast_protocol::diff::collect;
+use tablecast_protocol::server::{Event, Reply, Served, Session, SessionConfig, Transmit};
 use tablecast_protocol::{
     AbortReason, DiffId, FollowerId, Missed, Position, Reason, Revision, Shortened, ToServer, wire,
 };
@@ -36,6 +37,7 @@ use crate::access::Stream;
 use crate::access::codec::{Framed, LAST_WORDS};
 use crate::authorize::{Applicant, Token};
 use crate::budget::computed;
+use crate::compute::compute;
 use crate::config::ServerConfig;
 use crate::error::AccessError;
 use crate::metrics;
@@ -183,13 +185,23 @@ impl Middleman {
                 Event::Snapshot(diff) => self.ask(diff, Question::Snapshot),
                 Event::Walk { diff, tree, root, len, full } => {
                     // A follower that accepts less than this end has been refused.
-                    let max_bytes = self.shared.config.session.limits.frame_bytes / 2;
-                    self.start_differ(Order { diff, tree, root, len, full, max_bytes }, ctx);
+                    let SessionConfig { limits, part_keys, .. } = self.shared.config.session;
+                    let max_bytes = limits.frame_bytes / 2;
+                    let order = Order { diff, tree, root, len, full, max_bytes, part_keys };
+                    self.start_differ(order, ctx);
                 }
                 Event::Answer(_, answer) => {
                     if let Some(differ) = &self.differ {
                         differ.do_send(Answered(answer));
                     }
+                }
+                Event::Collect { diff, tree, mut rest, most } => {
+                    let collected = compute(move || (collect(&tree, &mut rest, most), rest));
+                    let reply = move |collected| match collected {
+                        Some((writes, rest)) => Reply::Collected(diff, writes, rest),
+                        None => Reply::WalkFailed(diff),
+                    };
+                    computed(collected, move |collected| Command::from(reply(collected)), ctx);
                 }
                 Event::Read { diff, found, from, max_bytes } => {
                     self.ask(diff, Question::Read { found, from, max_bytes });

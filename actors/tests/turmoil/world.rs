@@ -159,6 +159,7 @@ fn plan(seed: u64, rng: &mut Rng) -> Plan {
         heartbeat: HEARTBEAT,
         repair_bytes: one_of(&[100, 4 << 10, 64 << 10]),
         updated_keys: one_of(&[3, 1 << 20]),
+        part_keys: one_of(&[2, 4 << 10]),
         shorten_changes: one_of(&[0, 1 << 10]),
         diff_stall: Duration::from_millis(500),
         ..SessionConfig::default()

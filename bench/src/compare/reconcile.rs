@@ -71,7 +71,7 @@ impl Ends {
         let before = cpu_ms();
         let (walked, found) = walk(&self.trees.0, &self.trees.1)?;
         let cpu_ms = cpu_ms() - before;
-        ensure!(found.len() == differ, "the walk found {}", found.len());
+        ensure!(found.len() == differ as u64, "the walk found {}", found.len());
         Ok(Took { rounds: walked.rounds, bytes: walked.bytes, cpu_ms })
     }
 

@@ -464,9 +464,8 @@ impl World<'_> {
         let history = &self.histories[link.history];
         let Some(client) = &mut link.client else { return Ok(()) };
         let place = client.session.stream().map(|at| at.revision).unwrap_or_default();
-        // Keys that were updated over and over are counted when as many have come again.
         let updated = client.updated.count_ones() as usize;
-        check(tainted || updated <= 2 * self.config.updated_keys, || {
+        check(tainted || updated <= self.config.updated_keys, || {
             format!("follower {index} is repaired beside {updated} updated keys")
         })?;
         let (mut writes, mut deletes) = (0, 0);

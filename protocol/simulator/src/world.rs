@@ -8,7 +8,7 @@ use std::sync::atomic::Ordering::Relaxed;
 use std::time::Duration;
 
 use tablecast_protocol::client::{self, RootOf};
-use tablecast_protocol::diff::{Answer, Query, Walk};
+use tablecast_protocol::diff::{Answer, Query, Walk, collect};
 use tablecast_protocol::server::{self, Event, Reply, SessionConfig, Transmit};
 use tablecast_protocol::wire::Changes;
 use tablecast_protocol::{
@@ -413,6 +413,7 @@ impl<'a> World<'a> {
         let config = SessionConfig {
             repair_bytes: self.config.repair_bytes,
             updated_keys: self.config.updated_keys,
+            part_keys: self.config.part_keys,
             shorten_changes: self.config.shorten_changes,
             missed_bytes: 2 * self.config.repair_bytes,
             repair_window: REPAIR_WINDOW,
@@ -622,6 +623,19 @@ impl<'a> World<'a> {
                         differ.answers.push_back(answer);
                     }
                 }
+                Event::Collect { diff, tree, mut rest, most } => {
+                    let lost = self.config.allows(Fault::LostDiffer) && self.rng.u8(..) < 8;
+                    let reply = if lost {
+                        Reply::WalkFailed(diff)
+                    } else {
+                        let writes = collect(&tree, &mut rest, most);
+                        Reply::Collected(diff, writes, rest)
+                    };
+                    server.replies.push_back(reply);
+                    if lost {
+                        self.fault(Fault::LostDiffer);
+                    }
+                }
                 Event::Root(revision, tree) => {
                     server.replies.push_back(Reply::Root(revision, tree.root()));
                 }
@@ -767,7 +781,7 @@ impl<'a> World<'a> {
     }
 
     fn differ(&mut self, at: usize) -> Checked {
-        let query_bytes = self.config.query_bytes;
+        let Config { query_bytes, part_keys, .. } = self.config;
         let link = &mut self.connections[at];
         let Some(server) = &mut link.server else { return Ok(()) };
         let begin = self.rng.usize(0..server.differs.len());
@@ -780,7 +794,8 @@ impl<'a> World<'a> {
         let reply = match &mut differ.walk {
             None => {
                 let Differ { tree, root, len, full, .. } = differ;
-                let (walk, step) = Walk::new(tree.clone(), *root, *len, *full, query_bytes);
+                let (walk, step) =
+                    Walk::new(tree.clone(), *root, *len, *full, query_bytes, part_keys);
                 differ.walk = Some(walk);
                 Some(Reply::Step(differ.diff, step))
             }

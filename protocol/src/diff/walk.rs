@@ -1,6 +1,7 @@
 //! The asking side: one query in flight, one level at a time.
 
 use super::answer::cut;
+use super::collect::{collect, part_keys, sort};
 use super::{Answer, Difference, QUERY_BYTES, Query, SMALL, Widths};
 use crate::error::ProtocolError;
 use crate::tree::{Entry, Hash, KeyPrefix, LEAF_ENTRIES, Path, Subtree, Tree};
@@ -48,14 +49,15 @@ fn small(len: u64) -> u32 {
 /// follower.remove(&7_u32.to_be_bytes());
 /// follower.insert(b"extra", b"value");
 ///
-/// let (mut walk, mut step) = Walk::new(server, follower.root(), follower.len() as u64, false, 1 << 20);
+/// let (root, len) = (follower.root(), follower.len() as u64);
+/// let (mut walk, mut step) = Walk::new(server, root, len, false, 1 << 20, 10_000);
 /// let difference = loop {
 ///     match step {
 ///         Step::Ask(query) => {
 ///             let answer = answer(&follower, &query, 1 << 20).unwrap();
 ///             step = walk.handle_answer(&answer).unwrap();
 ///         }
-///         Step::Done(difference) => break difference,
+///         Step::Done(found) => break found.first,
 ///     }
 /// };
 /// assert_eq!(difference.writes[0].key(), 7_u32.to_be_bytes());
@@ -78,7 +80,9 @@ pub struct Walk {
     answered: usize,
     /// Nodes found to differ below those, to be asked for when all of them are answered.
     below: Vec<Path>,
-    found: Difference,
+    found: Found,
+    /// Most keys to write of which the entries are kept.
+    part_keys: usize,
 }
 
 /// What a walk does next.
@@ -87,7 +91,20 @@ pub enum Step {
     /// Wait for the answer to this query.
     Ask(Query),
     /// It is done.
-    Done(Difference),
+    Done(Found),
+}
+
+/// What a walk finds. Keys to write beyond the first part of them are told by where they are, in 17 bytes at the most: a
+/// follower may lack a whole table.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
+pub struct Found {
+    /// The first part of it, with all deletes.
+    pub first: Difference,
+    /// How many keys there are to write, `first` included.
+    pub writes: u64,
+    /// Nodes below which all keys are to be written, too: [`collect`] has their entries. A single key is a node of the greatest
+    /// depth.
+    pub rest: Vec<Path>,
 }
 
 impl Walk {
@@ -95,8 +112,17 @@ impl Walk {
     /// first step. Equal roots and an empty follower end it at once: what `SyncReq` brought is
     /// enough.
     ///
-    /// `max_bytes` is the largest query: what a frame may hold, less its header.
-    pub fn new(tree: Tree, root: Hash, len: u64, full: bool, max_bytes: usize) -> (Self, Step) {
+    /// `max_bytes` is the largest query: what a frame may hold, less its header; `most` how many keys to write
+    /// [`Found::first`] has at most, if that is not a large part of them ([`collect`]).
+    pub fn new(
+        tree: Tree,
+        root: Hash,
+        len: u64,
+        full: bool,
+        max_bytes: usize,
+        most: usize,
+    ) -> (Self, Step) {
+        let part_keys = part_keys(&tree, most);
         let widths = if full { Widths::FULL } else { Widths::SHORT };
         // Everything the follower has is to go: its entries at once, as far as an answer holds.
         let larger = len.max(tree.len() as u64);
@@ -113,13 +139,12 @@ impl Walk {
             asked: Vec::new(),
             answered: 0,
             below: Vec::new(),
-            found: Difference::default(),
+            found: Found::default(),
+            part_keys,
         };
         if len == 0 {
             // Without a root, for which all that changed would be hashed.
-            let tree = std::mem::take(&mut walk.tree);
-            walk.found.writes.reserve_exact(tree.len());
-            walk.found.writes.extend(tree.iter().cloned());
+            walk.found.write_all(&Path::ROOT, walk.tree.subtree(&Path::ROOT), part_keys);
         } else if walk.tree.root() != root {
             walk.asked.push(Path::ROOT);
         }
@@ -142,22 +167,20 @@ impl Walk {
             let path = self.asked.get(self.answered).ok_or(more)?;
             self.answered += 1;
             let ours = self.tree.subtree(path);
-            let Self { widths, levels, below, found, .. } = self;
+            let Self { widths, levels, below, found, part_keys, .. } = self;
+            let mut comparing = Comparing { widths: *widths, below, found, most: *part_keys };
             match reader.varint()?.checked_sub(1) {
                 Some(count) => {
                     let theirs = reader.entries(count, path, *widths)?;
-                    compare(ours, &theirs, *widths, found)?;
+                    comparing.entries(ours, &theirs)?;
                 }
-                None => {
-                    let levels = *levels;
-                    compare_children(&mut reader, path, ours, levels, *widths, below, found)?;
-                }
+                None => comparing.children(&mut reader, path, ours, *levels)?,
             }
         }
         if self.below.len() > MAX_BELOW {
             return Err(malformed("more nodes differ than a server remembers"));
         }
-        if self.found.deletes.len() > self.max_deletes {
+        if self.found.first.deletes.len() > self.max_deletes {
             return Err(malformed("it has more keys than the follower said"));
         }
         if self.answered == before && before < self.asked.len() {
@@ -177,9 +200,14 @@ impl Walk {
         let open = self.asked.get(self.answered..).unwrap_or_default();
         let Some(first) = open.first() else {
             // Whoever writes copies what a snapshot holds.
-            self.tree = Tree::new();
+            let tree = std::mem::take(&mut self.tree);
             let mut found = std::mem::take(&mut self.found);
-            found.sort();
+            let Found { first, rest, .. } = &mut found;
+            if first.writes.is_empty() {
+                first.writes = collect(&tree, rest, self.part_keys);
+            } else {
+                sort(&mut first.writes);
+            }
             return Step::Done(found);
         };
         let nodes = (self.query_bytes / first.packed().len().max(1)).max(1);
@@ -198,77 +226,116 @@ fn malformed(why: &'static str) -> ProtocolError {
     ProtocolError::Answer { why }
 }
 
-/// Compares the hashes of a node's children, `levels` deep, with ours: equal ones are done with,
-/// what the follower lacks is written, and the rest is asked for next.
-fn compare_children(
-    reader: &mut Reader<'_>,
-    path: &Path,
-    ours: Subtree<'_>,
-    levels: u8,
-    widths: Widths,
-    below: &mut Vec<Path>,
-    found: &mut Difference,
-) -> Result<(), ProtocolError> {
-    let present = u16::from_be_bytes(reader.array()?);
-    if present == 0 {
-        return Err(malformed("a node with many entries has no child"));
+impl Found {
+    /// How many repairs there are.
+    pub fn len(&self) -> u64 {
+        self.writes + self.first.deletes.len() as u64
     }
-    for nibble in 0..16 {
-        let path = path.child(nibble).ok_or(malformed("it is deeper than a hash is long"))?;
-        let ours = ours.child(&path);
-        if present & (1 << nibble) == 0 {
-            found.writes.extend(ours.iter().cloned());
-        } else if levels > 1 && path.depth() < Path::MAX_DEPTH {
-            compare_children(reader, &path, ours, levels - 1, widths, below, found)?;
+
+    /// Whether the snapshots are equal.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// The follower lacks an entry, or has another value.
+    fn write(&mut self, entry: &Entry, most: usize) {
+        self.writes += 1;
+        if self.first.writes.len() < most {
+            self.first.writes.push(entry.clone());
         } else {
-            let theirs = reader.take(usize::from(widths.node))?;
-            if ours.hash().is_none_or(|ours| cut(ours.as_bytes(), widths.node) != theirs) {
-                below.push(path);
-            }
+            self.rest.push(Path::of(*entry.key_hash()));
         }
     }
-    Ok(())
+
+    /// The follower lacks all of a subtree.
+    fn write_all(&mut self, path: &Path, subtree: Subtree<'_>, most: usize) {
+        let len = subtree.len();
+        self.writes += len as u64;
+        if self.first.writes.len() + len <= most {
+            self.first.writes.extend(subtree.iter().cloned());
+        } else {
+            self.rest.push(*path);
+        }
+    }
+}
+
+/// How an answer is compared with our tree, and where what comes of it goes.
+struct Comparing<'a> {
+    widths: Widths,
+    below: &'a mut Vec<Path>,
+    found: &'a mut Found,
+    most: usize,
+}
+
+impl Comparing<'_> {
+    /// Compares the hashes of a node's children, `levels` deep, with ours: equal ones are done with,
+    /// what the follower lacks is written, and the rest is asked for next.
+    fn children(
+        &mut self,
+        reader: &mut Reader<'_>,
+        path: &Path,
+        ours: Subtree<'_>,
+        levels: u8,
+    ) -> Result<(), ProtocolError> {
+        let present = u16::from_be_bytes(reader.array()?);
+        if present == 0 {
+            return Err(malformed("a node with many entries has no child"));
+        }
+        let width = self.widths.node;
+        for nibble in 0..16 {
+            let path = path.child(nibble).ok_or(malformed("it is deeper than a hash is long"))?;
+            let ours = ours.child(&path);
+            if present & (1 << nibble) == 0 {
+                self.found.write_all(&path, ours, self.most);
+            } else if levels > 1 && path.depth() < Path::MAX_DEPTH {
+                self.children(reader, &path, ours, levels - 1)?;
+            } else {
+                let theirs = reader.take(usize::from(width))?;
+                if ours.hash().is_none_or(|ours| cut(ours.as_bytes(), width) != theirs) {
+                    self.below.push(path);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Compares all entries of a subtree. Both sides are in the order of the keys' hashes; those that
+    /// share a prefix are compared as a group.
+    fn entries(&mut self, ours: Subtree<'_>, theirs: &[Theirs<'_>]) -> Result<(), ProtocolError> {
+        if !theirs.is_sorted_by_key(|entry| entry.prefix) {
+            return Err(malformed("entries are not in the order of their keys' hashes"));
+        }
+        let Self { widths, found, most, .. } = self;
+        let mut ours = ours.iter().peekable();
+        for group in theirs.chunk_by(|a, b| a.prefix == b.prefix) {
+            let Some(Theirs { prefix, .. }) = group.first() else { continue };
+            let before = |entry: &&Entry| {
+                entry.key_hash() < prefix.first() && !prefix.covers(entry.key_hash())
+            };
+            while let Some(missing) = ours.next_if(|entry| before(entry)) {
+                found.write(missing, *most);
+            }
+            let mut known = false;
+            while let Some(entry) = ours.next_if(|entry| prefix.covers(entry.key_hash())) {
+                known = true;
+                let hash = cut(entry.hash().as_bytes(), widths.entry);
+                if group.iter().all(|theirs| theirs.entry != hash) {
+                    found.write(entry, *most);
+                }
+            }
+            if !known {
+                found.first.deletes.push(*prefix);
+            }
+        }
+        ours.for_each(|entry| found.write(entry, *most));
+        Ok(())
+    }
 }
 
 /// An entry as an answer holds it.
 struct Theirs<'a> {
     prefix: KeyPrefix,
     entry: &'a [u8],
-}
-
-/// Compares all entries of a subtree. Both sides are in the order of the keys' hashes; those that
-/// share a prefix are compared as a group.
-fn compare(
-    ours: Subtree<'_>,
-    theirs: &[Theirs<'_>],
-    widths: Widths,
-    found: &mut Difference,
-) -> Result<(), ProtocolError> {
-    if !theirs.is_sorted_by_key(|entry| entry.prefix) {
-        return Err(malformed("entries are not in the order of their keys' hashes"));
-    }
-    let mut ours = ours.iter().peekable();
-    for group in theirs.chunk_by(|a, b| a.prefix == b.prefix) {
-        let Some(Theirs { prefix, .. }) = group.first() else { continue };
-        let before =
-            |entry: &&Entry| entry.key_hash() < prefix.first() && !prefix.covers(entry.key_hash());
-        while let Some(missing) = ours.next_if(|entry| before(entry)) {
-            found.writes.push(missing.clone());
-        }
-        let mut known = false;
-        while let Some(entry) = ours.next_if(|entry| prefix.covers(entry.key_hash())) {
-            known = true;
-            let hash = cut(entry.hash().as_bytes(), widths.entry);
-            if group.iter().all(|theirs| theirs.entry != hash) {
-                found.writes.push(entry.clone());
-            }
-        }
-        if !known {
-            found.deletes.push(*prefix);
-        }
-    }
-    found.writes.extend(ours.cloned());
-    Ok(())
 }
 
 /// What is left of an answer.

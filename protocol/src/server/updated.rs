@@ -1,83 +1,97 @@
 //! The keys that were updated while a diff runs.
 
-use crate::diff::{Difference, Found};
+use crate::diff::{Difference, One};
 use crate::table::Values;
 use crate::tree::{KeyHash, KeyPrefix};
 
-/// Hashes of keys in their order, none twice, and where to look for one.
-///
-/// Hashes are spread evenly: of as many spans of equal length as there are places in `starts`, each holds some
-/// [`SPAN`] of them. So a lookup waits for memory once or twice, where halving would for each of its steps.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
-struct Run {
-    keys: Vec<KeyHash>,
-    /// Where each span begins; behind the last one, where that ends.
-    starts: Vec<u32>,
-}
+/// How many keys a [`Shard`] has on the average before there are more shards: 8 KiB of them, which halving goes through in
+/// some three cache lines. No piece of memory is large then, so that what is freed is of use to others.
+const SHARD: usize = 512;
 
-/// How many keys a span of a [`Run`] holds, on the average: 128 bytes of them, for 4 of its place.
-const SPAN: usize = 8;
+/// How many times as many shards there are then.
+const GROWTH: usize = 8;
+
+/// How many keys a shard takes as they come before it brings them into order: few enough to look at each.
+const RECENT: usize = 32;
 
 /// Hashes of the keys of all live changes that were put on the wire since it began.
 ///
-/// Much is added and little asked, so adding is a copy, and order is made by whoever asks: sorted runs, each at
-/// least twice as long as the next, as in a log-structured merge tree (O'Neil et al. 1996).
+/// Hashes are spread evenly: of as many spans of equal length as there are shards, each has those of one.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 pub(super) struct Updated {
-    runs: Vec<Run>,
+    shards: Vec<Shard>,
+    /// How many there are in all of them, some of them twice.
+    held: usize,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
+struct Shard {
+    /// In their order, none twice.
+    keys: Vec<KeyHash>,
     /// As they came.
     recent: Vec<KeyHash>,
-    /// How many there were when they were last counted.
-    counted: usize,
 }
 
 impl Updated {
     /// These were updated, too.
     pub(super) fn extend(&mut self, keys: &[KeyHash]) {
-        self.recent.extend_from_slice(keys);
-    }
-
-    /// Whether there are more than `limit` keys. Keys that were updated over and over are found to be the
-    /// same ones when as many have been added as there were; so up to twice the limit are held.
-    pub(super) fn exceeds(&mut self, limit: usize) -> bool {
-        let added = self.recent.len() + self.sorted();
-        if added <= limit.max(2 * self.counted) {
-            return false;
+        if self.shards.is_empty() && !keys.is_empty() {
+            self.shards.push(Shard::default());
         }
-        self.recent.extend(self.runs.drain(..).flat_map(|run| run.keys));
-        self.sort();
-        self.counted = self.sorted();
-        self.counted > limit
+        for key in keys {
+            let span = span(key, self.shards.len());
+            let Some(shard) = self.shards.get_mut(span) else { continue };
+            shard.recent.push(*key);
+            self.held += 1;
+            if shard.recent.len() == RECENT {
+                self.held -= shard.sort();
+                if self.held > SHARD * self.shards.len() {
+                    self.grow();
+                }
+            }
+        }
     }
 
-    /// How many there are in the runs.
-    fn sorted(&self) -> usize {
-        self.runs.iter().map(|run| run.keys.len()).sum()
+    /// Whether there are more than `limit` keys.
+    pub(super) fn exceeds(&mut self, limit: usize) -> bool {
+        if self.held > limit {
+            self.held -= self.shards.iter_mut().map(Shard::sort).sum::<usize>();
+        }
+        self.held > limit
     }
 
-    /// Takes out what was updated; how much that is.
-    pub(super) fn suppress(&mut self, values: &mut Values, deletes: bool) -> u64 {
-        self.sort();
-        let read = values.writes.len() + values.deletes.len();
+    fn grow(&mut self) {
+        let shards = self.shards.len() * GROWTH;
+        for mut shard in std::mem::replace(&mut self.shards, vec![Shard::default(); shards]) {
+            self.held -= shard.sort();
+            for keys in shard.keys.chunk_by(|a, b| span(a, shards) == span(b, shards)) {
+                let span = keys.first().map_or(0, |key| span(key, shards));
+                if let Some(shard) = self.shards.get_mut(span) {
+                    shard.keys = keys.to_vec();
+                }
+            }
+        }
+    }
+
+    /// Takes out what was updated.
+    pub(super) fn suppress(&self, values: &mut Values, deletes: bool) {
         values.writes.retain(|(hash, ..)| !self.contains(hash));
         values.deletes.retain(|prefix| !deletes || !self.any_covered(*prefix));
-        (read - values.writes.len() - values.deletes.len()) as u64
     }
 
     /// Takes from the end of what a walk found, until there are `many` that were not updated, or four times as many were
-    /// looked at; the others would be taken out when they have been read. Those, and how many others there were.
-    pub(super) fn skim(&mut self, found: &mut Difference, many: usize) -> (Difference, u64) {
-        self.sort();
-        let (mut part, mut others) = (Difference::default(), 0);
+    /// looked at; the others would be taken out when they have been read.
+    pub(super) fn skim(&self, found: &mut Difference, many: usize) -> Difference {
+        let mut part = Difference::default();
         for _ in 0..4 * many {
             match found.pop() {
-                Some(Found::Write(entry)) if !self.contains(entry.key_hash()) => {
+                Some(One::Write(entry)) if !self.contains(entry.key_hash()) => {
                     part.writes.push(entry);
                 }
-                Some(Found::Delete(prefix)) if !self.any_covered(prefix) => {
+                Some(One::Delete(prefix)) if !self.any_covered(prefix) => {
                     part.deletes.push(prefix);
                 }
-                Some(_) => others += 1,
+                Some(One::Write(_) | One::Delete(_)) => {}
                 None => break,
             }
             if part.len() == many {
@@ -85,62 +99,58 @@ impl Updated {
             }
         }
         part.writes.reverse();
-        (part, others)
+        part
     }
 
     /// How many of these were not updated.
-    pub(super) fn count_others<'a>(&mut self, keys: impl IntoIterator<Item = &'a KeyHash>) -> u64 {
-        self.sort();
+    pub(super) fn count_others<'a>(&self, keys: impl IntoIterator<Item = &'a KeyHash>) -> u64 {
         keys.into_iter().filter(|hash| !self.contains(hash)).count() as u64
     }
 
-    fn sort(&mut self) {
-        if self.recent.is_empty() {
-            return;
-        }
-        let mut keys = std::mem::take(&mut self.recent);
-        keys.sort_unstable();
-        while let Some(longer) = self.runs.pop_if(|last| last.keys.len() < 2 * keys.len()) {
-            keys.extend(longer.keys);
-            // It finds the two runs, and merges them.
-            keys.sort();
-        }
-        keys.dedup();
-        self.runs.push(Run::new(keys));
-    }
-
     fn contains(&self, hash: &KeyHash) -> bool {
-        self.runs.iter().any(|run| run.from(hash).first() == Some(hash))
+        let shard = self.shards.get(span(hash, self.shards.len()));
+        shard.is_some_and(|Shard { keys, recent }| {
+            keys.binary_search(hash).is_ok() || recent.contains(hash)
+        })
     }
 
     fn any_covered(&self, prefix: KeyPrefix) -> bool {
-        let covered =
-            |run: &Run| run.from(prefix.first()).first().is_some_and(|hash| prefix.covers(hash));
-        self.runs.iter().any(covered)
+        let span = |hash| span(hash, self.shards.len());
+        let shards = self.shards.get(span(prefix.first())..=span(&prefix.last()));
+        shards.unwrap_or_default().iter().any(|Shard { keys, recent }| {
+            let at = keys.partition_point(|key| key < prefix.first());
+            keys.get(at).into_iter().chain(recent).any(|hash| prefix.covers(hash))
+        })
     }
 }
 
-impl Run {
-    /// Of keys in their order, none twice.
-    fn new(keys: Vec<KeyHash>) -> Self {
-        let spans = keys.len() / SPAN + 1;
-        let mut starts = Vec::with_capacity(spans + 1);
-        for (key, at) in keys.iter().zip(0..) {
-            starts.resize(starts.len().max(span(key, spans) + 1), at);
+impl Shard {
+    /// Brings into order what came. How many there were twice.
+    fn sort(&mut self) -> usize {
+        let before = self.keys.len() + self.recent.len();
+        self.recent.sort_unstable();
+        self.recent.dedup();
+        if !self.recent.is_empty() {
+            self.keys = merge(&self.keys, &self.recent);
+            self.recent.clear();
         }
-        starts.resize(spans + 1, u32::try_from(keys.len()).unwrap_or(u32::MAX));
-        Self { keys, starts }
+        before - self.keys.len()
     }
+}
 
-    /// The keys from the first one on that is not below this one.
-    fn from(&self, hash: &KeyHash) -> &[KeyHash] {
-        let span = span(hash, self.starts.len() - 1);
-        let place = |span: usize| self.starts.get(span).map_or(0, |at| *at as usize);
-        let (first, end) = (place(span), place(span + 1));
-        let below = |keys: &[KeyHash]| keys.partition_point(|key| key < hash);
-        let at = first + self.keys.get(first..end).map_or(0, below);
-        self.keys.get(at..).unwrap_or_default()
+/// Both are in order, with none twice.
+fn merge(long: &[KeyHash], short: &[KeyHash]) -> Vec<KeyHash> {
+    let mut merged = Vec::with_capacity(long.len() + short.len());
+    let mut long = long.iter().copied().peekable();
+    for key in short.iter().copied() {
+        while let Some(before) = long.next_if(|other| *other < key) {
+            merged.push(before);
+        }
+        long.next_if_eq(&key);
+        merged.push(key);
     }
+    merged.extend(long);
+    merged
 }
 
 /// In which of so many spans of all hashes one is.
@@ -165,26 +175,32 @@ mod tests {
 
     proptest! {
         #[test]
-        fn it_is_a_set(chunks in proptest::collection::vec((proptest::collection::vec(0..60_u8, 0..20), any::<bool>()), 0..30)) {
+        fn it_is_a_set(
+            chunks in proptest::collection::vec((proptest::collection::vec(any::<u16>(), 0..400), any::<bool>()), 0..60),
+            (different, bits, length) in (1..20_000_u16, 0..120_u32, 1..5_usize),
+            limit in 0..5000_usize,
+        ) {
+            // Spread evenly, or crowded.
+            let hash = |number: u16| {
+                let hash = u128::from_be_bytes(*KeyHash::of(&(number % different).to_be_bytes()).as_bytes());
+                KeyHash::from_bytes((hash >> bits).to_be_bytes())
+            };
             let (mut updated, mut set) = (Updated::default(), BTreeSet::new());
             for (chunk, asked) in chunks {
-                let keys: Vec<KeyHash> = chunk.iter().map(|number| hash(*number)).collect();
+                let keys: Vec<KeyHash> = chunk.into_iter().map(hash).collect();
                 updated.extend(&keys);
                 set.extend(keys);
+                prop_assert!(updated.held <= set.len() + RECENT * updated.shards.len());
                 if asked {
-                    let all: Vec<KeyHash> = (0..60).map(hash).collect();
-                    let others = all.iter().filter(|hash| !set.contains(hash)).count() as u64;
-                    prop_assert_eq!(updated.count_others(&all), others);
-                    for hash in all {
-                        let prefix = KeyPrefix::new(&hash.as_bytes()[..6]).unwrap();
-                        prop_assert_eq!(updated.any_covered(prefix), set.contains(&hash));
-                    }
-                    prop_assert!(updated.runs.windows(2).all(|pair| pair[0].keys.len() >= pair[1].keys.len()));
+                    prop_assert_eq!(updated.exceeds(limit), set.len() > limit);
                 }
-                if updated.exceeds(40) {
-                    prop_assert!(set.len() > 40);
+                for number in (0..500).map(|n| n * 131) {
+                    let hash = hash(number);
+                    prop_assert_eq!(updated.contains(&hash), set.contains(&hash));
+                    let prefix = KeyPrefix::new(&hash.as_bytes()[..length]).unwrap();
+                    let covered = set.range(prefix.first()..).next().is_some_and(|key| prefix.covers(key));
+                    prop_assert_eq!(updated.any_covered(prefix), covered);
                 }
-                prop_assert!(set.len() <= 80, "{} are held", set.len());
             }
         }
     }
@@ -208,10 +224,9 @@ mod tests {
             let mut all = Difference::default();
             while !found.is_empty() {
                 let before = found.len();
-                let (part, others) = updated.skim(&mut found, many);
+                let part = updated.skim(&mut found, many);
                 let looked_at = before - found.len();
                 prop_assert!((1..=4 * many).contains(&looked_at));
-                prop_assert_eq!(part.len() as u64 + others, looked_at as u64);
                 prop_assert!(part.len() == many || looked_at == 4 * many || found.is_empty());
                 prop_assert!(found.writes.capacity() <= 2 * found.writes.len() + 1);
                 all.writes.splice(0..0, part.writes);
@@ -225,20 +240,6 @@ mod tests {
             prop_assert_eq!(all.writes, others(&writes).iter().map(entry).collect::<Vec<_>>());
             prop_assert_eq!(all.deletes, others(&deletes).iter().map(prefix).collect::<Vec<_>>());
         }
-
-        #[test]
-        fn the_place_is_that_of_a_binary_search(numbers in proptest::collection::vec(any::<u128>(), 0..80), bits in 0..128_u32) {
-            // Spread evenly, and crowded.
-            let hash = |number: u128| KeyHash::from_bytes((number >> bits).to_be_bytes());
-            let mut keys: Vec<KeyHash> = numbers.iter().copied().map(hash).collect();
-            keys.sort_unstable();
-            keys.dedup();
-            let run = Run::new(keys.clone());
-            for number in numbers.iter().flat_map(|number| [*number, number.wrapping_add(1 << bits), !number]).map(hash) {
-                let place = keys.partition_point(|other| *other < number);
-                prop_assert_eq!(run.from(&number), &keys[place..]);
-            }
-        }
     }
 
     #[test]
@@ -247,7 +248,7 @@ mod tests {
         for _ in 0..1000 {
             updated.extend(&[hash(1), hash(2)]);
             assert!(!updated.exceeds(2));
-            assert!(updated.recent.len() <= 4, "{}", updated.recent.len());
+            assert!(updated.held <= 2 + RECENT, "{}", updated.held);
         }
         updated.extend(&[hash(3), hash(4), hash(5)]);
         assert!(updated.exceeds(2));

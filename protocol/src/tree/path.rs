@@ -18,6 +18,11 @@ impl Path {
     /// The root's.
     pub const ROOT: Self = Self { nibbles: KeyHash::from_bytes([0; KeyHash::BYTES]), depth: 0 };
 
+    /// Where the keys of this hash are: there is none below.
+    pub(crate) fn of(hash: KeyHash) -> Self {
+        Self { nibbles: hash, depth: u8::try_from(Self::MAX_DEPTH).unwrap_or(u8::MAX) }
+    }
+
     /// How many nibbles there are.
     pub fn depth(&self) -> usize {
         usize::from(self.depth)
@@ -116,6 +121,13 @@ impl KeyPrefix {
     /// The least hash that begins with it.
     pub fn first(&self) -> &KeyHash {
         &self.hash
+    }
+
+    /// The greatest hash that begins with it.
+    pub(crate) fn last(&self) -> KeyHash {
+        let mut bytes = *self.hash.as_bytes();
+        bytes.iter_mut().skip(self.as_bytes().len()).for_each(|byte| *byte = u8::MAX);
+        KeyHash::from_bytes(bytes)
     }
 }
 

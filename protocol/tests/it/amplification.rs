@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use tablecast_protocol::client::{self, Output, RootOf};
-use tablecast_protocol::diff::{Query, Walk, Widths, answer};
+use tablecast_protocol::diff::{Query, Walk, Widths, answer, collect};
 use tablecast_protocol::server::{self, Event, SessionConfig, Transmit};
 use tablecast_protocol::wire::{self, Changes, Message, Raw};
 use tablecast_protocol::{
@@ -23,6 +23,7 @@ const NOW: Duration = Duration::ZERO;
 /// So that many frames are needed.
 const QUERY_BYTES: usize = 200;
 const REPAIR_BYTES: usize = 1000;
+const PART_KEYS: usize = 50;
 const ANSWER_BYTES: usize = 3000;
 
 /// Of each message how many frames the page allows because of it, and how many bytes.
@@ -87,7 +88,8 @@ struct ServerEnd {
 
 impl ServerEnd {
     fn new(keys: usize) -> Self {
-        let config = SessionConfig { repair_bytes: REPAIR_BYTES, ..SessionConfig::default() };
+        let (repair_bytes, part_keys) = (REPAIR_BYTES, PART_KEYS);
+        let config = SessionConfig { repair_bytes, part_keys, ..SessionConfig::default() };
         let mut table = Table::open(store(0..keys, 100), config.limits).unwrap();
         table.ready(Epoch::from_bytes([1; 16]));
         let log = Log::new(1 << 20, Revision::ZERO, Chain::START);
@@ -127,13 +129,17 @@ impl ServerEnd {
             Event::Admit(diff) => session.handle_admitted(diff),
             Event::Snapshot(diff) => session.handle_snapshot(diff, self.table.tree().clone()),
             Event::Walk { diff, tree, root, len, full } => {
-                let (walk, step) = Walk::new(tree, root, len, full, QUERY_BYTES);
+                let (walk, step) = Walk::new(tree, root, len, full, QUERY_BYTES, PART_KEYS);
                 self.walk = Some(walk);
                 session.handle_step(diff, step);
             }
             Event::Answer(diff, answer) => {
                 let step = self.walk.as_mut().unwrap().handle_answer(&answer).unwrap();
                 session.handle_step(diff, step);
+            }
+            Event::Collect { diff, tree, mut rest, most } => {
+                let writes = collect(&tree, &mut rest, most);
+                session.handle_collected(diff, writes, rest);
             }
             Event::Read { diff, found, from, max_bytes } => {
                 session.handle_values(diff, self.table.read(&found, from, max_bytes));

@@ -10,7 +10,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use imbl::OrdMap;
 use tablecast_protocol::client::{self, Output, RootOf};
-use tablecast_protocol::diff::{self, Answer, Query, Walk};
+use tablecast_protocol::diff::{self, Answer, Query, Walk, collect};
 use tablecast_protocol::server::{self, Event, Reply, SessionConfig, Transmit};
 use tablecast_protocol::wire::{self, HEADER_BYTES};
 use tablecast_protocol::{
@@ -20,6 +20,9 @@ use tablecast_protocol::{
 };
 
 pub type Map = OrdMap<Key, Value>;
+
+/// Of how many keys that a walk found the entries are held at once.
+const PART_KEYS: usize = 3;
 
 /// What a property says when it does not hold.
 pub type Checked = Result<(), String>;
@@ -429,6 +432,7 @@ impl World {
         let config = SessionConfig {
             repair_bytes: self.config.repair_bytes,
             updated_keys: self.config.updated_keys,
+            part_keys: PART_KEYS,
             shorten_changes: self.config.shorten_changes,
             missed_bytes: 2 * self.config.repair_bytes,
             ..SessionConfig::default()
@@ -535,6 +539,10 @@ impl World {
                     if let Some(differ) = link.differs.iter_mut().find(|d| d.diff == diff) {
                         differ.answers.push_back(answer);
                     }
+                }
+                Event::Collect { diff, tree, mut rest, most } => {
+                    let writes = collect(&tree, &mut rest, most);
+                    link.replies.push_back(Reply::Collected(diff, writes, rest));
                 }
                 Event::Root(revision, tree) => {
                     link.replies.push_back(Reply::Root(revision, tree.root()));
@@ -645,7 +653,7 @@ impl World {
         let step = match &mut differ.walk {
             None => {
                 let Differ { tree, root, len, full, .. } = differ;
-                let (walk, step) = Walk::new(tree.clone(), *root, *len, *full, 60);
+                let (walk, step) = Walk::new(tree.clone(), *root, *len, *full, 60, PART_KEYS);
                 differ.walk = Some(walk);
                 Some(step)
             }

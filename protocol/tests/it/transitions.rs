@@ -5,10 +5,13 @@
 //! sessions are brought to *stages*, several of which have one state. A message fits a stage if
 //! somebody waits for it there: it is built so that all it says is right.
 
+use std::collections::VecDeque;
 use std::time::Duration;
 
 use tablecast_protocol::client::{self, DiffPhase, NotNow, Output, Progress, RootOf};
-use tablecast_protocol::diff::{Answer, Difference, Query, Step, Walk, Widths, answer};
+use tablecast_protocol::diff::{
+    Answer, Difference, Found, Query, Step, Walk, Widths, answer, collect,
+};
 use tablecast_protocol::server::{self, Close, Event, Served, SessionConfig, Transmit};
 use tablecast_protocol::wire::{self, Changes, HEADER_BYTES, Message, Raw, VERSION};
 use tablecast_protocol::{
@@ -238,7 +241,7 @@ fn server_stages() -> Vec<(&'static str, ServerEnd)> {
 
     end.act(|session| session.handle_snapshot(DIFF, server_tree()));
     let [Event::Walk { tree, root, len, full, .. }] = &end.events[..] else { panic!() };
-    let (mut walk, step) = Walk::new(tree.clone(), *root, *len, *full, 1 << 20);
+    let (mut walk, step) = Walk::new(tree.clone(), *root, *len, *full, 1 << 20, 100);
     stages.push(("walk", end.clone()));
 
     end.act(|session| session.handle_step(DIFF, step));
@@ -458,7 +461,7 @@ fn the_server_ignores_the_root_of_an_earlier_mark() {
     end.message(ToServer::SyncReq { diff: NEXT_DIFF, jumps: 1, full, root, len, max_deletes: 0 });
     end.act(|session| session.handle_admitted(NEXT_DIFF));
     end.act(|session| session.handle_snapshot(NEXT_DIFF, server_tree()));
-    end.act(|session| session.handle_step(NEXT_DIFF, Step::Done(Difference::default())));
+    end.act(|session| session.handle_step(NEXT_DIFF, Step::Done(Found::default())));
     assert_eq!(end.events, [Event::Mark(NEXT_DIFF)]);
 
     let third = write(&mut end.log);
@@ -543,7 +546,7 @@ fn the_server_closes_on_a_malformed_answer() {
     let before = server_stage("answered");
     let mut end = before.clone();
     let [Event::Answer(..)] = &before.events[..] else { panic!() };
-    let (mut walk, _) = Walk::new(server_tree(), follower_tree().root(), 2, false, 1 << 20);
+    let (mut walk, _) = Walk::new(server_tree(), follower_tree().root(), 2, false, 1 << 20, 100);
     let error = walk.handle_answer(&Answer::from_static(&[7])).unwrap_err();
     end.act(|session| session.handle_bad_answer(DIFF, &error));
     assert_eq!(end.closes(&before, "a bad answer"), "malformed answer: it is cut off");
@@ -1788,7 +1791,7 @@ fn the_server_holds_a_repair_that_deletes_too_much() {
         end.act(|session| session.handle_admitted(DIFF));
         end.act(|session| session.handle_snapshot(DIFF, server_tree()));
         let [Event::Walk { tree, root, len, full, .. }] = &end.events[..] else { panic!() };
-        let (mut walk, step) = Walk::new(tree.clone(), *root, *len, *full, 1 << 20);
+        let (mut walk, step) = Walk::new(tree.clone(), *root, *len, *full, 1 << 20, 100);
         end.act(|session| session.handle_step(DIFF, step));
         end.message(to_server("SyncResponse"));
         let step = walk.handle_answer(&an_answer()).unwrap();
@@ -2041,7 +2044,7 @@ fn the_client_closes_on_prefixes_that_hit_more_keys_than_allowed() {
 fn queries_hold_what_a_frame_does() {
     let tree = Tree::build((0..2000_u32).map(|n| (n.to_be_bytes(), "value")));
     let follower = Tree::build((0..2000_u32).map(|n| (n.to_be_bytes(), "other")));
-    let (mut walk, mut step) = Walk::new(tree, follower.root(), 2000, false, 7);
+    let (mut walk, mut step) = Walk::new(tree, follower.root(), 2000, false, 7, 10_000);
     let mut queries = 0;
     let found = loop {
         match step {
@@ -2050,7 +2053,7 @@ fn queries_hold_what_a_frame_does() {
                 assert!(query.nodes.len() <= 7, "{query:?}");
                 step = walk.handle_answer(&answer(&follower, &query, 1 << 20).unwrap()).unwrap();
             }
-            Step::Done(found) => break found,
+            Step::Done(found) => break found.first,
         }
     };
     assert_eq!((found.writes.len(), found.deletes.len()), (2000, 0));
@@ -2076,15 +2079,15 @@ fn repairs_hold_what_a_frame_does() {
     end.act(|session| session.handle_snapshot(DIFF, table.tree().clone()));
     // A follower that has 200 keys too many, and none of the server's.
     let extra = Tree::build((0..200_u8).map(|n| ([n, n], "")));
-    let (mut walk, step) = Walk::new(Tree::new(), extra.root(), 200, true, 1 << 20);
+    let (mut walk, step) = Walk::new(Tree::new(), extra.root(), 200, true, 1 << 20, 1000);
     let Step::Ask(query) = step else { panic!() };
     let step = walk.handle_answer(&answer(&extra, &query, 1 << 20).unwrap()).unwrap();
-    let Step::Done(Difference { deletes, .. }) = step else { panic!() };
-    let (_, step) = Walk::new(table.tree().clone(), Tree::new().root(), 0, true, 1 << 20);
-    let Step::Done(Difference { writes, .. }) = step else { panic!() };
-    let found = Difference { writes, deletes };
-    assert_eq!(found.len(), 400);
-    end.act(|session| session.handle_step(DIFF, Step::Done(found)));
+    let Step::Done(Found { first: Difference { deletes, .. }, .. }) = step else { panic!() };
+    let (_, step) = Walk::new(table.tree().clone(), Tree::new().root(), 0, true, 1 << 20, 1000);
+    let Step::Done(Found { first: Difference { writes, .. }, .. }) = step else { panic!() };
+    let first = Difference { writes, deletes };
+    assert_eq!(first.len(), 400);
+    end.act(|session| session.handle_step(DIFF, Step::Done(Found { first, ..Found::default() })));
     let (mut writes, mut deletes) = (0, 0);
     while let [Event::Read { found, from, max_bytes, .. }] = &end.events[..] {
         let values = table.read(found, *from, *max_bytes);
@@ -2126,8 +2129,8 @@ fn two_repairs_are_sent_without_an_acknowledgement() {
     let mut end = admitted(&table, SessionConfig { repair_bytes: 1, ..SessionConfig::default() });
     end.act(|session| session.handle_snapshot(DIFF, table.tree().clone()));
     let writes = (0..5_u8).map(|n| Entry::new(&[n], b"")).collect();
-    let found = Difference { writes, deletes: Vec::new() };
-    end.act(|session| session.handle_step(DIFF, Step::Done(found)));
+    let first = Difference { writes, deletes: Vec::new() };
+    end.act(|session| session.handle_step(DIFF, Step::Done(Found { first, ..Found::default() })));
     let mut read = |end: &mut ServerEnd| {
         let [Event::Read { found, from, max_bytes, .. }] = &end.events[..] else { panic!() };
         let values = table.read(found, *from, *max_bytes);
@@ -2137,6 +2140,81 @@ fn two_repairs_are_sent_without_an_acknowledgement() {
     end.message(to_server("RepairAck"));
     assert!(matches!(end.sent[..], [ToClient::Repair { .. }]));
     assert_eq!(read(&mut end), 0);
+}
+
+#[test]
+fn what_is_found_is_collected_part_by_part() {
+    let entries = (0..10_u8).map(|n| (vec![n].into(), "value".into()));
+    let mut table = Table::open(entries.collect::<MemoryStore>(), Limits::default()).unwrap();
+    table.ready(epoch());
+    let config = SessionConfig { part_keys: 3, ..SessionConfig::default() };
+    let begin = |table: &Table| {
+        let mut end = admitted(table, config);
+        end.act(|session| session.handle_snapshot(DIFF, table.tree().clone()));
+        // As if the follower were empty.
+        let (tree, root) = (table.tree().clone(), Tree::new().root());
+        let (_, step) = Walk::new(tree, root, 0, true, 1 << 20, config.part_keys);
+        end.act(|session| session.handle_step(DIFF, step));
+        assert!(matches!(end.sent[..], [ToClient::SyncSeq { writes: 10, deletes: 0, .. }]));
+        end
+    };
+    let mut end = begin(&table);
+    let (mut keys, mut parts) = (Vec::new(), 0);
+    let mut events = VecDeque::from(std::mem::take(&mut end.events));
+    loop {
+        let act: Box<dyn FnOnce(&mut server::Session)> = match events.pop_front().unwrap() {
+            Event::Snapshot(_) => {
+                parts += 1;
+                if parts == 1 {
+                    // A key is gone, another is new, both beside what was collected.
+                    let gone = (0..10).find(|key| !keys.contains(key)).unwrap();
+                    let new = Change::write(vec![77], "new");
+                    table.write(&[Change::delete(vec![gone]), new]).unwrap();
+                    table.seal();
+                    let (chunk, chain) = table.next_chunk().unwrap();
+                    end.log.push(chunk, chain, NOW);
+                }
+                let tree = table.tree().clone();
+                Box::new(|session| session.handle_snapshot(DIFF, tree))
+            }
+            Event::Collect { tree, mut rest, most, .. } => {
+                assert_eq!(most, 3);
+                let writes = collect(&tree, &mut rest, most);
+                Box::new(|session| session.handle_collected(DIFF, writes, rest))
+            }
+            Event::Read { found, from, max_bytes, .. } => {
+                let values = table.read(&found, from, max_bytes);
+                Box::new(|session| session.handle_values(DIFF, values))
+            }
+            Event::Mark(_) => break,
+            other => panic!("{other:?}"),
+        };
+        end.act(act);
+        events.extend(end.events.drain(..));
+        let repairs = end.sent.iter().filter_map(|sent| match sent {
+            ToClient::Repair { writes: Changes(writes), .. } => Some(writes),
+            _ => None,
+        });
+        let before = keys.len();
+        keys.extend(repairs.flatten().map(|change| change.key()[0]));
+        if keys.len() > before {
+            end.message(to_server("RepairAck"));
+            events.extend(end.events.drain(..));
+        }
+    }
+    assert!(parts >= 3, "{parts}");
+    assert!(keys.len() == 9 && !keys.contains(&77), "{keys:?}");
+    end.log.mark(FollowerId(1), DIFF);
+    let head = end.log.head();
+    end.act(|session| session.handle_mark(DIFF, head, table.tree().clone()));
+    assert!(matches!(end.sent[..], [ToClient::SyncDone { suppressed: 1, failed: 0, .. }]));
+
+    // Whatever went wrong with it, another diff may do better.
+    let mut end = begin(&table);
+    end.act(|session| session.handle_walk_failed(DIFF));
+    assert_eq!(end.sent, [ToClient::SyncAbort { diff: DIFF, reason: AbortReason::Walk }]);
+    end.act(|session| session.handle_collected(DIFF, Vec::new(), Vec::new()));
+    assert!(end.events.is_empty() && end.sent.is_empty());
 }
 
 #[test]
@@ -2152,10 +2230,10 @@ fn more_updated_keys_than_are_remembered_end_a_diff() {
         end.act(|_| {}).sent.clone()
     };
     assert!(matches!(write(&["a", "b"])[..], [ToClient::Live { .. }]));
-    // The same key again is not another. They are counted when as many have come again.
+    // The same key again is not another.
     assert!(matches!(write(&["a"])[..], [ToClient::Live { .. }]));
     let aborted = ToClient::SyncAbort { diff: DIFF, reason: AbortReason::Updated };
-    assert_eq!(write(&["c", "d", "e"])[1..], [aborted]);
+    assert_eq!(write(&["c"])[1..], [aborted]);
 }
 
 /// How large repairs are, in KiB, if the follower takes so many microseconds for each, and a change of so many bytes has to
@@ -2165,7 +2243,7 @@ fn repair_sizes(repairs: impl IntoIterator<Item = (u32, usize)>) -> Vec<usize> {
     let mut table = Table::open(entries.collect::<MemoryStore>(), Limits::default()).unwrap();
     table.ready(epoch());
     let mut end = server_stage("walk");
-    let (_, step) = Walk::new(table.tree().clone(), Tree::new().root(), 0, false, 1 << 20);
+    let (_, step) = Walk::new(table.tree().clone(), Tree::new().root(), 0, false, 1 << 20, 10_000);
     end.act(|session| session.handle_step(DIFF, step));
     let mut sizes = Vec::new();
     for (micros, live_bytes) in repairs {

@@ -326,12 +326,13 @@ fn the_walk_of_the_page() {
         server.remove(in_node(0).key());
         server.insert(in_node(7).key(), b"another");
         let (mut walk, step) =
-            Walk::new(server, follower.root(), follower.len() as u64, false, 1 << 20);
+            Walk::new(server, follower.root(), follower.len() as u64, false, 1 << 20, 100);
         assert_eq!(step, Step::Ask(root_query()));
         let step = walk.handle_answer(&answer(&follower, &root_query(), 1 << 20).unwrap()).unwrap();
         assert_eq!(step, Step::Ask(node_query()));
         let step = walk.handle_answer(&answer(&follower, &node_query(), 1 << 20).unwrap()).unwrap();
         let Step::Done(found) = step else { panic!("{step:?}") };
+        let found = found.first;
         assert!(found.writes.iter().map(|entry| entry.key()).eq([in_node(7).key()]));
         let deleted = &in_node(0).key_hash().as_bytes()[..6];
         assert_eq!(found.deletes.iter().map(|p| p.as_bytes()).collect::<Vec<_>>(), [deleted]);

@@ -3,10 +3,13 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use proptest::prelude::*;
-use tablecast_protocol::diff::{Difference, Query, Step, Walk, Widths, answer};
+use tablecast_protocol::diff::{Difference, Found, Query, Step, Walk, Widths, answer, collect};
 use tablecast_protocol::{Entry, Hash, Tree};
 
 type Map = BTreeMap<Vec<u8>, Vec<u8>>;
+
+/// Of how many keys that a walk found the entries are told at once.
+const PART_KEYS: usize = 500;
 
 pub struct Walked {
     pub difference: Difference,
@@ -17,7 +20,7 @@ pub struct Walked {
 
 pub fn walk(server: &Tree, follower: &Tree, full: bool, max_bytes: usize) -> Walked {
     let (mut walk, mut step) =
-        Walk::new(server.clone(), follower.root(), follower.len() as u64, full, 1 << 20);
+        Walk::new(server.clone(), follower.root(), follower.len() as u64, full, 1 << 20, PART_KEYS);
     let (mut rounds, mut query_bytes, mut answer_bytes) = (0, 0, 0);
     loop {
         match step {
@@ -28,11 +31,29 @@ pub fn walk(server: &Tree, follower: &Tree, full: bool, max_bytes: usize) -> Wal
                 answer_bytes += answer.len();
                 step = walk.handle_answer(&answer).unwrap();
             }
-            Step::Done(difference) => {
+            Step::Done(found) => {
+                let difference = all(server, found);
                 return Walked { difference, rounds, query_bytes, answer_bytes };
             }
         }
     }
+}
+
+/// All parts of what was found.
+fn all(server: &Tree, found: Found) -> Difference {
+    let Found { first: Difference { mut writes, deletes }, writes: count, mut rest } = found;
+    let most = PART_KEYS.max(server.len() / 16);
+    let whole = |part: &[Entry]| part.len() <= most && part.is_sorted_by_key(Entry::key);
+    assert!(whole(&writes), "too many, or not in the order of the keys");
+    assert!(!writes.is_empty() || rest.is_empty(), "the first part is empty, and not the last");
+    while !rest.is_empty() {
+        let part = collect(server, &mut rest, PART_KEYS);
+        assert!(whole(&part), "too many, or not in the order of the keys");
+        assert!(!part.is_empty() || rest.is_empty(), "a part is empty, and not the last");
+        writes.extend(part);
+    }
+    assert_eq!(writes.len() as u64, count);
+    Difference { writes, deletes }
 }
 
 /// Does what the difference says to a copy of the follower's map.
@@ -92,7 +113,7 @@ proptest! {
         widths in (0_u8..30, 0_u8..30, 0_u8..30),
     ) {
         let server = Tree::build((0..500_u32).map(|n| (n.to_be_bytes(), "server")));
-        let (mut walk, _) = Walk::new(server.clone(), Tree::new().root(), 1, false, 1 << 20);
+        let (mut walk, _) = Walk::new(server.clone(), Tree::new().root(), 1, false, 1 << 20, 10);
         let mut bytes = bytes::Bytes::from(bytes);
         // A walk goes on as long as the answers are well-formed, whatever they say.
         for _ in 0..20 {
@@ -122,7 +143,6 @@ fn check(server: &Map, follower: &Map, full: bool, max_bytes: usize) -> Result<(
     let writes: BTreeSet<&[u8]> = difference.writes.iter().map(Entry::key).collect();
     prop_assert_eq!(writes.len(), difference.writes.len(), "a key is named twice");
     prop_assert_eq!(writes, naive);
-    prop_assert!(difference.writes.is_sorted_by_key(Entry::key), "not in the order of the keys");
     let extra = follower.keys().filter(|key| !server.contains_key(*key)).count();
     prop_assert_eq!(difference.deletes.len(), extra);
     Ok(())
@@ -154,7 +174,8 @@ fn all_other(levels: u32) -> Vec<u8> {
 /// A server that would send all open nodes again for each byte of an answer that covers one.
 #[test]
 fn a_follower_that_answers_bit_by_bit_is_not_asked_for_all_again() {
-    let (mut walk, step) = Walk::new(filled(100_000), Hash::from_bytes([7; 24]), 1, false, 1 << 20);
+    let (mut walk, step) =
+        Walk::new(filled(100_000), Hash::from_bytes([7; 24]), 1, false, 1 << 20, 10);
     assert!(matches!(step, Step::Ask(_)));
     let mut received = 0;
     let mut sent = 0;
@@ -177,7 +198,7 @@ fn a_follower_that_answers_bit_by_bit_is_not_asked_for_all_again() {
 #[test]
 fn a_follower_has_no_more_keys_than_it_said() {
     for (len, fits) in [(3000, true), (2999, false)] {
-        let (mut walk, step) = Walk::new(Tree::new(), filled(3000).root(), len, false, 1 << 20);
+        let (mut walk, step) = Walk::new(Tree::new(), filled(3000).root(), len, false, 1 << 20, 10);
         let Step::Ask(query) = step else { panic!("the roots differ") };
         let answer = answer(&filled(3000), &query, 1 << 20).unwrap();
         assert_eq!(walk.handle_answer(&answer).is_ok(), fits);

@@ -93,6 +93,7 @@ fn back() -> Bounds {
 fn one_follower_in_a_diff() {
     holds(Bounds { writes: 3, ..one() });
     holds(Bounds { writes: 2, repair_window: 1, diffs: 1, ..one() });
+    holds(Bounds { writes: 3, part_keys: 1, ..one() });
 }
 
 #[test]

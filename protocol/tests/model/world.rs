@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use tablecast_protocol::client::{self, Output, RootOf};
-use tablecast_protocol::diff::{self, Answer, Query, Step, Walk};
+use tablecast_protocol::diff::{self, Answer, Query, Step, Walk, collect};
 use tablecast_protocol::server::{self, Event, Reply, SessionConfig, Transmit};
 use tablecast_protocol::wire::{self, HEADER_BYTES, Message};
 use tablecast_protocol::{
@@ -53,6 +53,8 @@ pub struct Bounds {
     /// Most repairs that are not acknowledged.
     pub repair_window: u32,
     pub updated_keys: usize,
+    /// Of how many keys that a walk found the entries are held at once.
+    pub part_keys: usize,
     /// To repair what a live change brought is wrong though it do no harm.
     pub again: bool,
     /// Frames to the follower arrive at once, and what it computes elsewhere is there at once.
@@ -74,6 +76,7 @@ impl Default for Bounds {
             repair_bytes: 1 << 10,
             repair_window: 2,
             updated_keys: 100,
+            part_keys: 100,
             again: true,
             rush: true,
         }
@@ -508,6 +511,7 @@ impl World {
             repair_bytes: self.bounds.repair_bytes,
             repair_window: self.bounds.repair_window,
             updated_keys: self.bounds.updated_keys,
+            part_keys: self.bounds.part_keys,
             ..SessionConfig::default()
         };
         let mut server = server::Session::new(config, id, NOW);
@@ -603,6 +607,10 @@ impl World {
                         differ.input = Some(Input::Answer(answer));
                     }
                 }
+                Event::Collect { diff, tree, mut rest, most } => {
+                    let writes = collect(&tree, &mut rest, most);
+                    link.replies.push_back(Reply::Collected(diff, writes, rest));
+                }
                 Event::Root(revision, tree) => {
                     link.replies.push_back(Reply::Root(revision, tree.root()));
                 }
@@ -681,12 +689,13 @@ impl World {
     }
 
     fn step(&mut self, f: usize, diff: DiffId) {
+        let part_keys = self.bounds.part_keys;
         let link = self.link(f);
         let at = link.differs.iter().position(|differ| differ.diff == diff).unwrap();
         let differ = &mut link.differs[at];
         let step = match (differ.input.take().unwrap(), &mut differ.walk) {
             (Input::Begin { tree, root, len, full }, walk) => {
-                let (begun, step) = Walk::new(tree, root, len, full, ANSWER_BYTES);
+                let (begun, step) = Walk::new(tree, root, len, full, ANSWER_BYTES, part_keys);
                 *walk = Some(begun);
                 Ok(step)
             }

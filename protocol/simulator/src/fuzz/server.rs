@@ -45,6 +45,8 @@ struct Server {
     now: Duration,
     /// The largest query.
     query_bytes: usize,
+    /// Of how many keys that a walk found the entries are held at once.
+    part_keys: usize,
     requests: VecDeque<Event>,
     walk: Option<(DiffId, Walk)>,
     /// What the follower has, if it is honest for once.
@@ -63,8 +65,10 @@ struct Server {
 
 impl Server {
     fn new(u: &mut Unstructured<'_>) -> Result<Self> {
+        let repair_bytes = u.int_in_range(8..=200)?;
         let config = SessionConfig {
-            repair_bytes: u.int_in_range(8..=200)?,
+            repair_bytes,
+            part_keys: repair_bytes / 8,
             updated_keys: u.int_in_range(1..=40)?,
             shorten_changes: *u.choose(&[0, 1000])?,
             missed_bytes: u.int_in_range(8..=400)?,
@@ -85,6 +89,7 @@ impl Server {
             log: Log::new(log_bytes, Revision::ZERO, Chain::START),
             now: Duration::ZERO,
             query_bytes: *u.choose(&[4, 60, 1 << 20])?,
+            part_keys: config.part_keys,
             requests: VecDeque::new(),
             walk: None,
             follower,
@@ -256,7 +261,8 @@ impl Server {
                 self.session.handle_snapshot(diff, self.table.tree().clone());
             }
             Event::Walk { diff, tree, root, len, full } => {
-                let (walk, step) = Walk::new(tree, root, len, full, self.query_bytes);
+                let (bytes, keys) = (self.query_bytes, self.part_keys);
+                let (walk, step) = Walk::new(tree, root, len, full, bytes, keys);
                 self.walk = Some((diff, walk));
                 self.session.handle_step(diff, step);
             }
@@ -280,6 +286,10 @@ impl Server {
             Event::EndDiff { diff, .. } => {
                 self.log.unmark(FOLLOWER, diff);
                 self.walk.take_if(|(of, _)| *of == diff);
+            }
+            Event::Collect { diff, tree, mut rest, most } => {
+                let writes = diff::collect(&tree, &mut rest, most);
+                self.session.handle_collected(diff, writes, rest);
             }
             Event::Root(revision, tree) => self.session.handle_root(revision, tree.root()),
             Event::Verified { .. } | Event::FellBehind(_) | Event::Close(_) => {}
