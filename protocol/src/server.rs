@@ -35,7 +35,7 @@
 //! 2. **Read late.** Values are not those of the snapshot: the server reads them chunk by chunk,
 //!    each chunk in one turn, so all of them are as they were at one revision q. (Keys beyond the first part of what
 //!    was found are looked up late, too, in a later snapshot. It lacks what was deleted meanwhile, and has what was
-//!    added: the first is not to be repaired, the second is in `updated`.)
+//!    added or changed: the first is not to be repaired, the others are in `updated` when they would be sent, by 3.)
 //! 3. **Hold.** A chunk read at q goes on the wire only when every live change up to q has
 //!    ([`Session::poll_transmit`]). Sent earlier it would be followed by a change older than itself.
 //! 4. **Suppress at that moment, not before.** Between the reading and the sending the stream went on. What
@@ -94,7 +94,8 @@ pub struct SessionConfig {
     /// Most repairs sent and not acknowledged: 2, so that one is on its way while one is applied,
     /// and no megabytes of them stand in a socket's buffer before a live change.
     pub repair_window: u32,
-    /// Most keys updated during one diff that are remembered: 1 Mi, some 20 MiB. One more aborts it.
+    /// Most keys updated during one diff that are remembered: 1 Mi, some 20 MiB. More of them, by a sixteenth
+    /// at the most, abort it.
     pub updated_keys: usize,
     /// Of how many keys that a walk found the entries are held at once: 4 Ki, 256 KiB of them, or a sixteenth of the table if
     /// that is more. Others are held as nodes of the tree, until it is their turn.
@@ -378,7 +379,7 @@ pub enum Event {
         tree: Tree,
         /// Where the keys are that were not collected yet.
         rest: Vec<Path>,
-        /// Most keys.
+        /// How many keys, if that is not less than a sixteenth of the table.
         most: usize,
     },
     /// Read repairs ([`Table::read`](crate::Table::read)), then [`Session::handle_values`].

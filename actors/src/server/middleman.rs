@@ -37,7 +37,6 @@ use crate::access::Stream;
 use crate::access::codec::{Framed, LAST_WORDS};
 use crate::authorize::{Applicant, Token};
 use crate::budget::computed;
-use crate::compute::compute;
 use crate::config::ServerConfig;
 use crate::error::AccessError;
 use crate::metrics;
@@ -69,12 +68,14 @@ impl From<Reply> for Command {
     }
 }
 
-/// What counts of what a follower missed, if that has been found out by the time this is dropped.
-struct Answer(Addr<Middleman>, Option<Shortened>);
+/// What is answered when this is dropped, even if that is because the work for it was never done.
+struct Answer(Addr<Middleman>, Option<Reply>);
 
 impl Drop for Answer {
     fn drop(&mut self) {
-        self.0.do_send(Reply::Shortened(self.1.take()).into());
+        if let Some(reply) = self.1.take() {
+            self.0.do_send(reply.into());
+        }
     }
 }
 
@@ -196,12 +197,14 @@ impl Middleman {
                     }
                 }
                 Event::Collect { diff, tree, mut rest, most } => {
-                    let collected = compute(move || (collect(&tree, &mut rest, most), rest));
-                    let reply = move |collected| match collected {
-                        Some((writes, rest)) => Reply::Collected(diff, writes, rest),
-                        None => Reply::WalkFailed(diff),
-                    };
-                    computed(collected, move |collected| Command::from(reply(collected)), ctx);
+                    let failed = Answer(ctx.address(), Some(Reply::WalkFailed(diff)));
+                    spawn_on(self.differ_arbiter(), async move {
+                        let mut answer = failed;
+                        if answer.0.connected() {
+                            let writes = collect(&tree, &mut rest, most);
+                            answer.1 = Some(Reply::Collected(diff, writes, rest));
+                        }
+                    });
                 }
                 Event::Read { diff, found, from, max_bytes } => {
                     self.ask(diff, Question::Read { found, from, max_bytes });
@@ -275,14 +278,13 @@ impl Middleman {
             return;
         };
         let log = self.shared.log.clone();
-        // Answers even if it is never run.
-        let answer = Answer(this, None);
+        let answer = Answer(this, Some(Reply::Shortened(None)));
         spawn_on(self.differ_arbiter(), async move {
             let (mut answer, _place) = (answer, place);
             if answer.0.connected() {
                 let keys_from = |first, chunks| log.lock().keys_from(first, chunks);
                 let missed = Missed::collect(behind, head, keys_from);
-                answer.1 = missed.as_ref().map(Shortened::of);
+                answer.1 = Some(Reply::Shortened(missed.as_ref().map(Shortened::of)));
             }
         });
     }

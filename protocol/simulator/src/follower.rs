@@ -465,7 +465,7 @@ impl World<'_> {
         let Some(client) = &mut link.client else { return Ok(()) };
         let place = client.session.stream().map(|at| at.revision).unwrap_or_default();
         let updated = client.updated.count_ones() as usize;
-        check(tainted || updated <= self.config.updated_keys, || {
+        check(tainted || updated <= self.config.updated_keys * 17 / 16, || {
             format!("follower {index} is repaired beside {updated} updated keys")
         })?;
         let (mut writes, mut deletes) = (0, 0);

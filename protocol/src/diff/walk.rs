@@ -172,7 +172,7 @@ impl Walk {
             match reader.varint()?.checked_sub(1) {
                 Some(count) => {
                     let theirs = reader.entries(count, path, *widths)?;
-                    comparing.entries(ours, &theirs)?;
+                    comparing.entries(path, ours, &theirs)?;
                 }
                 None => comparing.children(&mut reader, path, ours, *levels)?,
             }
@@ -203,6 +203,7 @@ impl Walk {
             let tree = std::mem::take(&mut self.tree);
             let mut found = std::mem::take(&mut self.found);
             let Found { first, rest, .. } = &mut found;
+            rest.shrink_to_fit();
             if first.writes.is_empty() {
                 first.writes = collect(&tree, rest, self.part_keys);
             } else {
@@ -301,7 +302,16 @@ impl Comparing<'_> {
 
     /// Compares all entries of a subtree. Both sides are in the order of the keys' hashes; those that
     /// share a prefix are compared as a group.
-    fn entries(&mut self, ours: Subtree<'_>, theirs: &[Theirs<'_>]) -> Result<(), ProtocolError> {
+    fn entries(
+        &mut self,
+        path: &Path,
+        ours: Subtree<'_>,
+        theirs: &[Theirs<'_>],
+    ) -> Result<(), ProtocolError> {
+        if theirs.is_empty() {
+            self.found.write_all(path, ours, self.most);
+            return Ok(());
+        }
         if !theirs.is_sorted_by_key(|entry| entry.prefix) {
             return Err(malformed("entries are not in the order of their keys' hashes"));
         }

@@ -4,21 +4,19 @@ use crate::diff::{Difference, One};
 use crate::table::Values;
 use crate::tree::{KeyHash, KeyPrefix};
 
-/// How many keys a [`Shard`] has on the average before there are more shards: 8 KiB of them, which halving goes through in
-/// some three cache lines. No piece of memory is large then, so that what is freed is of use to others.
+/// How many keys a [`Shard`] has at most before it is two: 8 KiB of them, which halving goes through in some three cache
+/// lines. No piece of memory is large then, so that what is freed is of use to others.
 const SHARD: usize = 512;
-
-/// How many times as many shards there are then.
-const GROWTH: usize = 8;
 
 /// How many keys a shard takes as they come before it brings them into order: few enough to look at each.
 const RECENT: usize = 32;
 
-/// Hashes of the keys of all live changes that were put on the wire since it began.
-///
-/// Hashes are spread evenly: of as many spans of equal length as there are shards, each has those of one.
+/// Hashes of the keys of all live changes that were put on the wire since it began: a B+ tree of two levels (Bayer and
+/// McCreight, 1972) whose leaves bring into order many at a time.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 pub(super) struct Updated {
+    /// The least hash that each shard may have, but for the first, which has whatever is below the second.
+    firsts: Vec<KeyHash>,
     shards: Vec<Shard>,
     /// How many there are in all of them, some of them twice.
     held: usize,
@@ -35,42 +33,40 @@ struct Shard {
 impl Updated {
     /// These were updated, too.
     pub(super) fn extend(&mut self, keys: &[KeyHash]) {
-        if self.shards.is_empty() && !keys.is_empty() {
+        if self.shards.is_empty()
+            && let Some(first) = keys.first()
+        {
+            self.firsts.push(*first);
             self.shards.push(Shard::default());
         }
         for key in keys {
-            let span = span(key, self.shards.len());
-            let Some(shard) = self.shards.get_mut(span) else { continue };
+            let at = self.place(key);
+            let Some(shard) = self.shards.get_mut(at) else { continue };
             shard.recent.push(*key);
             self.held += 1;
             if shard.recent.len() == RECENT {
                 self.held -= shard.sort();
-                if self.held > SHARD * self.shards.len() {
-                    self.grow();
+                if let Some(behind) = shard.split() {
+                    self.firsts.splice(at + 1..at + 1, behind.keys.first().copied());
+                    self.shards.insert(at + 1, behind);
                 }
             }
         }
     }
 
-    /// Whether there are more than `limit` keys.
+    /// Which shard has this key, if one has.
+    fn place(&self, key: &KeyHash) -> usize {
+        self.firsts.partition_point(|first| first <= key).saturating_sub(1)
+    }
+
+    /// Whether there are more than `limit` keys. Those that there are twice are found when there may be a sixteenth more, or whoever
+    /// updates as many over and over would have them looked for each time.
     pub(super) fn exceeds(&mut self, limit: usize) -> bool {
-        if self.held > limit {
-            self.held -= self.shards.iter_mut().map(Shard::sort).sum::<usize>();
+        if self.held <= limit + limit / 16 {
+            return false;
         }
+        self.held -= self.shards.iter_mut().map(Shard::sort).sum::<usize>();
         self.held > limit
-    }
-
-    fn grow(&mut self) {
-        let shards = self.shards.len() * GROWTH;
-        for mut shard in std::mem::replace(&mut self.shards, vec![Shard::default(); shards]) {
-            self.held -= shard.sort();
-            for keys in shard.keys.chunk_by(|a, b| span(a, shards) == span(b, shards)) {
-                let span = keys.first().map_or(0, |key| span(key, shards));
-                if let Some(shard) = self.shards.get_mut(span) {
-                    shard.keys = keys.to_vec();
-                }
-            }
-        }
     }
 
     /// Takes out what was updated.
@@ -108,16 +104,15 @@ impl Updated {
     }
 
     fn contains(&self, hash: &KeyHash) -> bool {
-        let shard = self.shards.get(span(hash, self.shards.len()));
+        let shard = self.shards.get(self.place(hash));
         shard.is_some_and(|Shard { keys, recent }| {
             keys.binary_search(hash).is_ok() || recent.contains(hash)
         })
     }
 
     fn any_covered(&self, prefix: KeyPrefix) -> bool {
-        let span = |hash| span(hash, self.shards.len());
-        let shards = self.shards.get(span(prefix.first())..=span(&prefix.last()));
-        shards.unwrap_or_default().iter().any(|Shard { keys, recent }| {
+        let shards = self.place(prefix.first())..=self.place(&prefix.last());
+        self.shards.get(shards).unwrap_or_default().iter().any(|Shard { keys, recent }| {
             let at = keys.partition_point(|key| key < prefix.first());
             keys.get(at).into_iter().chain(recent).any(|hash| prefix.covers(hash))
         })
@@ -136,6 +131,13 @@ impl Shard {
         }
         before - self.keys.len()
     }
+
+    /// The upper half, if there are too many.
+    fn split(&mut self) -> Option<Self> {
+        let half = self.keys.len() / 2;
+        (half > SHARD / 2)
+            .then(|| Self { keys: self.keys.split_off(half), recent: Vec::with_capacity(RECENT) })
+    }
 }
 
 /// Both are in order, with none twice.
@@ -151,13 +153,6 @@ fn merge(long: &[KeyHash], short: &[KeyHash]) -> Vec<KeyHash> {
     }
     merged.extend(long);
     merged
-}
-
-/// In which of so many spans of all hashes one is.
-fn span(hash: &KeyHash, spans: usize) -> usize {
-    // Less than `spans`, since the hash is less than 1.
-    let span = (u128::from(hash.first_bits()) * spans as u128) >> 64;
-    usize::try_from(span).unwrap_or(0)
 }
 
 #[cfg(test)]
@@ -192,7 +187,9 @@ mod tests {
                 set.extend(keys);
                 prop_assert!(updated.held <= set.len() + RECENT * updated.shards.len());
                 if asked {
-                    prop_assert_eq!(updated.exceeds(limit), set.len() > limit);
+                    let exceeds = updated.exceeds(limit);
+                    let most = if exceeds { usize::MAX } else { limit + limit / 16 };
+                    prop_assert!(set.len() <= most && (set.len() > limit || !exceeds));
                 }
                 for number in (0..500).map(|n| n * 131) {
                     let hash = hash(number);
