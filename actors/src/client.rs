@@ -672,12 +672,20 @@ impl Client {
         if let Some(error) = error {
             self.refuse(error);
         }
-        match self.session(connection) {
-            Some(session) if !unread => session.handle_root(RootOf::Checkpoint(checkpoint), root),
-            Some(session) => session.handle_unread(checkpoint),
-            None => {}
-        }
-        if found && (unread || self.session(connection).is_none()) {
+        let compared = self.session(connection).is_some_and(|session| {
+            let compared = !unread && session.is_checking(checkpoint);
+            if unread {
+                session.handle_unread(checkpoint);
+            } else {
+                session.handle_root(RootOf::Checkpoint(checkpoint), root);
+            }
+            compared
+        });
+        // Else nobody notices: a diff may have begun, and its snapshot does not know of it.
+        if found && !compared {
+            if let Some((_, session)) = &mut self.link {
+                session.handle_refused();
+            }
             self.want_diff(true);
         }
     }
@@ -999,8 +1007,8 @@ impl Client {
     fn unlink(&mut self, reason: String, ctx: &Context<Self>) {
         let Some((_, session)) = self.link.take() else { return };
         self.diff_aborted(DiffAborted::Disconnected, ctx);
-        // Whoever meant it meant that server.
-        self.allowed = false;
+        // Whoever meant it meant that server, as did what was held.
+        (self.allowed, self.held_before) = (false, false);
         let (before, last) = self.traffic;
         let total =
             Traffic { sent: before.sent + last.sent, received: before.received + last.received };

@@ -634,6 +634,8 @@ impl Session {
         }
         (stream.revision, stream.chain) = (revision, chain);
         self.whole &= self.broken.breaks(Mutation::JumpKeepsPosition);
+        // Nor does it become whole by live changes: what was skipped is missing.
+        self.held = false;
         self.catching_up = false;
         self.jumps = jumps;
         self.outputs.push_back(Output::FellBehind(revision));
@@ -877,6 +879,11 @@ impl Session {
                 }
             }
         }
+    }
+
+    /// Whether the root at this mark from time to time is still to be compared: a diff that begins has done with it.
+    pub fn is_checking(&self, checkpoint: u64) -> bool {
+        self.check.as_ref().is_some_and(|check| check.of.is_none() && check.number == checkpoint)
     }
 
     /// The store could not be read at this mark from time to time: nothing is compared there.

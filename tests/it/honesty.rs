@@ -190,6 +190,36 @@ async fn what_was_found_corrupt_has_no_position() {
     assert_eq!(position, None, "the store is known not to be what it was at the position");
 }
 
+/// A diff that begins while the store is looked through knows nothing of what is found, and ends with equal roots.
+#[actix_rt::test]
+async fn what_was_found_corrupt_beside_a_diff_is_healed() {
+    let every = Some(Duration::from_millis(500));
+    let config = ServerConfig { verify_every: every, ..ServerConfig::default() };
+    let (server, address) = serve(config, filled(100)).await;
+    let mut store = Gated::default();
+    let access = TcpAccess::new(address.to_string());
+    let client = Client::start(quick(), store.clone(), access).unwrap();
+    assert!(connect(&client).await.equal());
+    let mut events = client.events().await.unwrap();
+    store.shut(true);
+    store.inner.apply(&[Change::write(key(3), "changed")]).unwrap();
+    within(async {
+        while store.waiting() == 0 {
+            tokio::task::yield_now().await;
+        }
+    })
+    .await;
+    let DiffOutcome::Done(report) = client.diff().await.unwrap() else { panic!() };
+    assert!(report.equal() && report.written == 0, "{report:?}");
+    store.shut(false);
+    event(&mut events, |event| matches!(event, Event::Corrupt { .. }).then_some(())).await;
+    // Not by the next look through the store, which does not come.
+    store.shut(true);
+    event(&mut events, |event| matches!(event, Event::Diff(_)).then_some(())).await;
+    assert!(entries(&**server.reader()) == entries(&*store.inner.reader()), "tables differ");
+    store.shut(false);
+}
+
 /// Many that missed much come back at once, and each may be told at once what counts of it.
 #[actix_rt::test]
 async fn all_that_come_back_at_once_are_let_in() {

@@ -4,8 +4,10 @@
 //! ([`ENTRY`], [`LEAF`], [`INNER`]), so that no entry can be passed off as a node nor a leaf as
 //! an inner node.
 
+use std::cmp::Ordering;
 use std::fmt;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
+use std::sync::atomic::{AtomicBool, AtomicU64};
 
 use serde::{Deserialize, Serialize};
 
@@ -24,8 +26,21 @@ pub struct Hash([u8; 24]);
 /// Where a key lives in the trie: 16 bytes of BLAKE3 of the key, 32 nibbles of path.
 ///
 /// Two keys with one hash share a leaf; the tree compares the keys themselves.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
 pub struct KeyHash([u8; 16]);
+
+impl Ord for KeyHash {
+    /// That of the bytes, by two words of them: the derived one is a call.
+    fn cmp(&self, other: &Self) -> Ordering {
+        u128::from_be_bytes(self.0).cmp(&u128::from_be_bytes(other.0))
+    }
+}
+
+impl PartialOrd for KeyHash {
+    fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
+        Some(self.cmp(other))
+    }
+}
 
 /// A node's hash, computed when somebody asks.
 ///
@@ -43,20 +58,20 @@ impl CachedHash {
     pub(super) fn get_or(&self, compute: impl FnOnce() -> Hash) -> Hash {
         let mut bytes = [0; Hash::BYTES];
         let words = bytes.as_chunks_mut().0.iter_mut().zip(&self.words);
-        if self.known.load(Ordering::Acquire) {
-            words.for_each(|(bytes, word)| *bytes = word.load(Ordering::Relaxed).to_ne_bytes());
+        if self.known.load(Acquire) {
+            words.for_each(|(bytes, word)| *bytes = word.load(Relaxed).to_ne_bytes());
             return Hash(bytes);
         }
         let hash = compute();
         for (bytes, word) in hash.0.as_chunks().0.iter().zip(&self.words) {
-            word.store(u64::from_ne_bytes(*bytes), Ordering::Relaxed);
+            word.store(u64::from_ne_bytes(*bytes), Relaxed);
         }
-        self.known.store(true, Ordering::Release);
+        self.known.store(true, Release);
         hash
     }
 
     pub(super) fn is_known(&self) -> bool {
-        self.known.load(Ordering::Acquire)
+        self.known.load(Acquire)
     }
 
     pub(super) fn forget(&mut self) {
@@ -66,8 +81,8 @@ impl CachedHash {
 
 impl Clone for CachedHash {
     fn clone(&self) -> Self {
-        let known = AtomicBool::new(self.known.load(Ordering::Acquire));
-        let word = |word: &AtomicU64| AtomicU64::new(word.load(Ordering::Relaxed));
+        let known = AtomicBool::new(self.known.load(Acquire));
+        let word = |word: &AtomicU64| AtomicU64::new(word.load(Relaxed));
         Self { known, words: self.words.each_ref().map(word) }
     }
 }

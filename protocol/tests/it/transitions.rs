@@ -1942,6 +1942,19 @@ fn roots_that_were_equal_make_nothing_whole_that_was_refused_since() {
 }
 
 #[test]
+fn a_jump_makes_nothing_whole_that_was_held() {
+    let mut end = announced(&server_tree(), 0, 0, 2);
+    end.message(held());
+    end.message(ToClient::Mark { revision: START });
+    let chain = Chain::START;
+    end.message(ToClient::FellBehind { jumps: 1, revision: Revision(START.0 + 5), chain });
+    let root = server_tree().root();
+    end.act(|session| session.handle_root(RootOf::Checkpoint(1), root));
+    end.message(ToClient::Verify { revision: START, root });
+    assert_eq!(end.session.position(), None);
+}
+
+#[test]
 fn the_client_deletes_no_key_over_and_over() {
     // Where nothing is held, a prefix that half of a table begins with could be named in a byte a time.
     let tree = Tree::build((0..64_u32).map(|n| (n.to_be_bytes(), "1")));
