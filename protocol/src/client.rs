@@ -58,7 +58,7 @@ use crate::change::Change;
 use crate::diff::Query;
 use crate::error::{DecodeError, ProtocolError};
 use crate::heartbeat::{Beat, Heartbeat, HeartbeatConfig};
-use crate::limits::{FRAME_OVERHEAD, HANDSHAKE_FRAME_BYTES, Limits};
+use crate::limits::{FRAME_OVERHEAD, Limits, SMALL_FRAME_BYTES};
 use crate::message::{
     AbortReason, DiffId, NAME_BYTES, Reason, TEXT_BYTES, ToClient, ToServer, Way, clip, said,
 };
@@ -1036,7 +1036,7 @@ impl Session {
     /// How large a frame the peer may send now.
     pub fn max_frame_bytes(&self) -> usize {
         match self.state {
-            State::Hello | State::Closed => HANDSHAKE_FRAME_BYTES,
+            State::Hello | State::Closed => SMALL_FRAME_BYTES,
             State::CatchUp(_)
             | State::Relay
             | State::PreDiff { .. }

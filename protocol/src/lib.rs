@@ -56,7 +56,7 @@ pub mod wire;
 pub use change::{Change, Key, Value};
 pub use error::{DecodeError, ProtocolError};
 pub use heartbeat::HeartbeatConfig;
-pub use limits::{HANDSHAKE_FRAME_BYTES, LimitError, Limits, MAX_CHANGES};
+pub use limits::{LimitError, Limits, MAX_CHANGES, SMALL_FRAME_BYTES};
 pub use log::{Checkpoint, Chunk, FollowerId, Log, Missed, Next, Shortened};
 pub use message::{AbortReason, DiffId, NAME_BYTES, Reason, ToClient, ToServer, Way};
 #[cfg(feature = "mutations")]

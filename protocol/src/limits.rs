@@ -24,8 +24,9 @@ pub struct Limits {
     pub answer_bytes: usize,
 }
 
-/// Largest frame before the handshake is through: a stranger can reserve no more.
-pub const HANDSHAKE_FRAME_BYTES: usize = 4 * 1024;
+/// Largest frame before the handshake is through, and of a follower that owes a server no answer: whoever connects can have no
+/// more reserved.
+pub const SMALL_FRAME_BYTES: usize = 4 * 1024;
 
 /// Most changes in one frame. One costs 80 bytes of memory and may be 3 on the wire, so that it
 /// is the count, not the bytes, that bounds what a frame can grow to.

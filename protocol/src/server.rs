@@ -73,7 +73,7 @@ use crate::limits::Limits;
 use crate::log::Missed;
 use crate::log::{Chunk, FollowerId, Log, Next, Shortened};
 use crate::message::{
-    AbortReason, DiffId, Reason, TEXT_BYTES, ToClient, ToServer, Way, clip, said,
+    AbortReason, DiffId, NAME_BYTES, Reason, TEXT_BYTES, ToClient, ToServer, Way, clip, said,
 };
 use crate::mutation::{Broken, Mutation};
 use crate::position::{Chain, Position, Revision};
@@ -221,8 +221,9 @@ pub struct Session {
     checking: VecDeque<(Revision, Hash)>,
     /// The newest of them that was forgotten for lack of room: its answer may be on its way.
     forgotten: Option<Revision>,
-    /// The one that was answered last: on a quiet stream the next answer may be of the same place.
-    checked: Option<(Revision, Hash)>,
+    /// Until when an answer may come, which alone may be large: for ever while one is waited for, and for a while behind the end of
+    /// its diff, as it may be on its way.
+    answer_until: Option<Duration>,
     heartbeat: Heartbeat,
     /// Counts what happens in diffs; how far it was, and when, when the clock was last looked at.
     progress: u64,
@@ -569,7 +570,7 @@ impl Session {
             checkpoint: (0, true),
             checking: VecDeque::new(),
             forgotten: None,
-            checked: None,
+            answer_until: None,
             heartbeat: Heartbeat::new(config.heartbeat, now),
             progress: 0,
             progressed: (0, now),
@@ -638,17 +639,22 @@ impl Session {
             {
                 self.last_diff = diff;
                 self.checking.clear();
-                (self.forgotten, self.checked) = (None, None);
+                (self.forgotten, self.answer_until) = (None, None);
                 self.request(jumps, Diff::asked_for(diff, full, root, len, max_deletes))
             }
             (State::Relay | State::Diff(_), ToServer::SyncReq { .. }) => return Err(unexpected),
             (State::Diff(at), ToServer::SyncResponse { diff, answer: Raw(answer) })
                 if diff == at.id || self.broken.breaks(Mutation::AnswerOfAnyDiff) =>
             {
+                self.answer_until = None;
                 State::Diff(self.answered(at, answer).ok_or(unexpected)?)
             }
             // It crossed the abort of its diff.
-            (state, ToServer::SyncResponse { diff, .. }) if diff <= self.last_diff => state,
+            (state, ToServer::SyncResponse { diff, .. })
+                if DiffId(0) < diff && diff <= self.last_diff =>
+            {
+                state
+            }
             (_, ToServer::SyncResponse { .. }) => return Err(unexpected),
             (_, ToServer::RepairAck { diff, .. })
                 if diff != self.last_diff && !self.broken.breaks(Mutation::AckOfAnyDiff) =>
@@ -668,27 +674,31 @@ impl Session {
             // Who asks for a diff has done with comparing.
             (State::Diff(_), ToServer::Verified { .. }) => return Err(unexpected),
             (state, ToServer::Verified { revision, root }) => {
-                let ended = self.verifying.take_if(|(mark, _)| *mark == revision);
-                let Some((_, ours)) = ended.or_else(|| self.checked(revision)) else {
-                    self.state = state;
-                    let forgotten = self.forgotten >= Some(revision);
-                    return if forgotten { Ok(()) } else { Err(unexpected) };
-                };
-                // A checkpoint where a diff ended has the root that the diff still waits for.
-                self.mark_due.take_if(|due| *due == revision);
-                self.events.push_back(Event::Verified { revision, equal: root == ours });
+                if !self.verified(revision, root) {
+                    return Err(unexpected);
+                }
                 state
             }
         };
         Ok(())
     }
 
-    /// The checkpoint at this revision, if its root was sent. A follower that says one skips those before.
-    fn checked(&mut self, revision: Revision) -> Option<(Revision, Hash)> {
-        if let Some(at) = self.checking.iter().position(|(mark, _)| *mark == revision) {
-            self.checked = self.checking.drain(..=at).next_back();
-        }
-        self.checked.filter(|(mark, _)| *mark == revision)
+    /// The follower's root at a mark. Whether it is one that may come.
+    fn verified(&mut self, revision: Revision, root: Hash) -> bool {
+        let ended = self.verifying.take_if(|(mark, _)| *mark == revision);
+        let Some((_, ours)) = ended.or_else(|| self.check(revision)) else {
+            return self.forgotten >= Some(revision);
+        };
+        // A checkpoint where a diff ended has the root that the diff still waits for.
+        self.mark_due.take_if(|due| *due == revision);
+        self.events.push_back(Event::Verified { revision, equal: root == ours });
+        true
+    }
+
+    /// The checkpoint at this revision, if its root was sent and is not answered. A follower that says one skips those before.
+    fn check(&mut self, revision: Revision) -> Option<(Revision, Hash)> {
+        let at = self.checking.iter().position(|(mark, _)| *mark == revision)?;
+        self.checking.drain(..=at).next_back()
     }
 
     /// An answer for the Differ, if one is waited for.
@@ -721,6 +731,7 @@ impl Session {
             let theirs = (frame_bytes, key_bytes, value_bytes);
             self.close(Reason::Limits, limits_text(theirs, limits));
         } else {
+            let name = clip(&name, NAME_BYTES).to_owned();
             self.events.push_back(Event::Subscribe { name, position });
             return State::Subscribing(None);
         }
@@ -831,6 +842,7 @@ impl Session {
             Step::Ask(query) => {
                 *asked = true;
                 at.served.rounds += 1;
+                self.answer_until = Some(Duration::MAX);
                 self.control.push_back(ToClient::SyncRequest { diff, query });
             }
             Step::Done(Found { first: found, writes, rest }) => {
@@ -1014,6 +1026,12 @@ impl Session {
     /// Aborts a diff that has a place and makes no use of it.
     fn watch_diff(&mut self, now: Duration) {
         let (counted, since) = self.progressed;
+        let asked = |at: &Diff| matches!(at.phase, Phase::Walk { asked: true });
+        let waits = matches!(&self.state, State::Diff(at) if asked(at));
+        self.answer_until = match self.answer_until {
+            Some(Duration::MAX) if !waits => Some(now + self.config.diff_stall),
+            until => until.filter(|until| now < *until),
+        };
         match &self.state {
             State::Diff(at) if at.phase != Phase::Queued && counted == self.progress => {
                 if now.saturating_sub(since) >= self.config.diff_stall {
@@ -1047,6 +1065,8 @@ impl Session {
 
     fn close(&mut self, reason: Reason, text: String) {
         self.state = State::Closed;
+        // Nothing comes behind the last words.
+        self.mark_due = None;
         let text = clip(&text, TEXT_BYTES).to_owned();
         let said = text.clone();
         self.control.push_back(if self.way.is_some() {
@@ -1239,8 +1259,7 @@ impl Session {
             && let Some(root) = newest.root
         {
             self.checkpoint = (number, true);
-            // On a quiet stream it is the same place again.
-            self.checking.retain(|(mark, _)| *mark != newest.revision);
+            // On a quiet stream it is the same place again, and each is answered.
             if self.checking.len() == MAX_CHECKING {
                 self.forgotten = self.checking.pop_front().map(|(mark, _)| mark);
             }
@@ -1372,8 +1391,15 @@ impl Session {
     /// How large a frame the peer may send now.
     pub fn max_frame_bytes(&self) -> usize {
         match self.state {
-            State::Hello | State::Subscribing(_) | State::Closed => limits::HANDSHAKE_FRAME_BYTES,
-            State::CatchUp(_) | State::Relay | State::Diff(_) => self.config.limits.frame_bytes,
+            State::CatchUp(_) | State::Relay | State::Diff(_) if self.answer_until.is_some() => {
+                self.config.limits.frame_bytes
+            }
+            State::Hello
+            | State::Subscribing(_)
+            | State::Closed
+            | State::CatchUp(_)
+            | State::Relay
+            | State::Diff(_) => limits::SMALL_FRAME_BYTES,
         }
     }
 }

@@ -65,7 +65,7 @@ async fn garbage_and_oversized_frames_end_their_own_connection() {
     stream.write_all(&u32::MAX.to_be_bytes()).await.unwrap();
     let (reason, text) = last_words(&mut stream).await;
     assert_eq!(reason, Reason::Protocol);
-    assert_eq!(text, "frame of 4294967295 bytes is above the limit of 9437184");
+    assert_eq!(text, "frame of 4294967295 bytes is above the limit of 4096");
 
     let mut stream = hello(address).await;
     let never = ToServer::RepairAck { diff: Default::default(), failed: 0, micros: 0 };

@@ -81,10 +81,18 @@ impl Framed {
             let header = self.inbox.first_chunk().copied();
             match self.codec.decode(&mut self.inbox) {
                 Ok(Some(frame)) => {
-                    if self.inbox.is_empty() {
-                        self.inbox = BytesMut::new();
+                    // What is behind a long one would keep its memory.
+                    if self.inbox.is_empty() || frame.len() > READ_BYTES {
+                        self.inbox = BytesMut::from(&*self.inbox);
                     }
                     return Poll::Ready(Ok(Some(frame)));
+                }
+                // It began when more was allowed.
+                Ok(None) if self.inbox.len() > self.codec.max_frame_length() + HEADER_BYTES => {
+                    return Poll::Ready(Err(AccessError::FrameTooLong {
+                        bytes: u32::try_from(self.inbox.len()).unwrap_or(u32::MAX),
+                        limit: self.codec.max_frame_length(),
+                    }));
                 }
                 Ok(None) => {}
                 Err(_) => {

@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use actix::prelude::*;
 use tablecast_protocol::server::Close;
-use tablecast_protocol::{HANDSHAKE_FRAME_BYTES, ToClient, ToServer, wire};
+use tablecast_protocol::{SMALL_FRAME_BYTES, ToClient, ToServer, wire};
 use tokio::time::Instant;
 use tracing::{debug, info, warn};
 
@@ -147,7 +147,7 @@ impl Middleman {
     fn up(&mut self, stream: Box<dyn Stream>) {
         self.connection.0 += 1;
         debug!(server = self.access.address(), "connected");
-        let mut framed = Framed::new(stream, HANDSHAKE_FRAME_BYTES);
+        let mut framed = Framed::new(stream, SMALL_FRAME_BYTES);
         if let Some(token) = &self.config.token {
             framed.queue(token.frame());
         }

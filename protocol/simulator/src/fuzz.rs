@@ -14,7 +14,7 @@ use bytes::BytesMut;
 pub use client::client;
 pub use server::server;
 use tablecast_protocol::wire::{self, HEADER_BYTES, Message};
-use tablecast_protocol::{HANDSHAKE_FRAME_BYTES, Limits, ToClient, ToServer};
+use tablecast_protocol::{Limits, SMALL_FRAME_BYTES, ToClient, ToServer};
 use tokio_util::codec::{Decoder, LengthDelimitedCodec};
 
 use crate::{Totals, run_choices};
@@ -35,7 +35,7 @@ pub fn frames(input: &[u8]) {
 fn cut_up(bytes: &[u8], at_once: usize) -> (Vec<BytesMut>, bool) {
     let mut codec = LengthDelimitedCodec::builder()
         .length_field_length(HEADER_BYTES)
-        .max_frame_length(HANDSHAKE_FRAME_BYTES)
+        .max_frame_length(SMALL_FRAME_BYTES)
         .new_codec();
     let (mut inbox, mut frames) = (BytesMut::new(), Vec::new());
     for part in bytes.chunks(at_once) {
@@ -47,7 +47,7 @@ fn cut_up(bytes: &[u8], at_once: usize) -> (Vec<BytesMut>, bool) {
                 Err(_) => return (frames, true),
             }
         }
-        assert!(inbox.capacity() <= 2 * (HEADER_BYTES + HANDSHAKE_FRAME_BYTES + at_once));
+        assert!(inbox.capacity() <= 2 * (HEADER_BYTES + SMALL_FRAME_BYTES + at_once));
     }
     (frames, false)
 }

@@ -699,6 +699,41 @@ fn marks_that_are_not_answered_are_not_the_last() {
     end.message(verified(11)).closes(&before, "one that a later answer has skipped");
 }
 
+#[test]
+fn no_root_comes_behind_the_last_words() {
+    let mut end = server_stage("done");
+    end.act(|session| session.handle_close(Reason::Failed, ""));
+    assert!(matches!(end.sent[..], [ToClient::Farewell { .. }]));
+    end.act(|session| {
+        session.handle_mark(DIFF, Revision::ZERO, server_tree());
+        session.handle_root(Revision::ZERO, server_tree().root());
+    });
+    assert_eq!((end.sent.len(), end.events.len()), (0, 0));
+}
+
+/// Each that is unequal is a line of a log, at the server.
+#[test]
+fn a_mark_is_answered_as_often_as_its_root_is_sent() {
+    let (table, mut end) = (server_table(), server_stage("relay"));
+    let root = table.tree().root();
+    let verified = ToServer::Verified { revision: Revision::ZERO, root };
+    let equal = [Event::Verified { revision: Revision::ZERO, equal: true }];
+    for times in 1..4 {
+        // On a quiet stream it is the same place again, and an answer may cross the next root.
+        for _ in 0..times {
+            let checkpoint = end.log.set_checkpoint();
+            end.log.set_root(checkpoint, root);
+            end.act(|_| {});
+            assert!(matches!(end.sent[..], [ToClient::Mark { .. }, ToClient::Verify { .. }]));
+        }
+        for _ in 0..times {
+            assert_eq!(end.message(verified.clone()).events, equal);
+        }
+    }
+    let before = end.clone();
+    end.message(verified).closes(&before, "one more than roots");
+}
+
 // The client's end.
 
 /// A follower's session, and what came of the last thing that happened to it.
@@ -1560,6 +1595,47 @@ fn what_counts_is_not_asked_for_twice() {
 }
 
 #[test]
+fn a_follower_that_owes_no_answer_sends_small_frames() {
+    let (small, large) = (tablecast_protocol::SMALL_FRAME_BYTES, Limits::default().frame_bytes);
+    let limit = |end: &ServerEnd| end.session.max_frame_bytes();
+    for stage in
+        ["hello", "relay", "queued", "snapshot", "walk", "answered", "reading", "repaired", "done"]
+    {
+        assert_eq!(limit(&server_stage(stage)), small, "{stage}");
+    }
+    let mut end = server_stage("asked");
+    assert_eq!(limit(&end), large);
+    let mut answered = end.clone();
+    answered.message(to_server("SyncResponse"));
+    assert_eq!(limit(&answered), small);
+    // It may have been on its way when its diff was aborted, and come later than anything else.
+    end.act(|session| session.handle_busy(DIFF));
+    let mut asks = end.clone();
+    let stall = SessionConfig::default().diff_stall;
+    for (now, allowed) in [(0, large), (1, large), (29, large), (30, small)] {
+        let now = Duration::from_secs(now).min(stall);
+        end.session.handle_heard(now);
+        end.act(|session| session.handle_timeout(now));
+        assert_eq!(limit(&end), allowed, "{now:?}");
+    }
+    assert_eq!(end.message(to_server("SyncResponse")).session.state(), "Relay");
+    // Whoever asks for a diff has read that the last one is over.
+    let mut request = sync_req(DIFF);
+    if let ToServer::SyncReq { diff, .. } = &mut request {
+        *diff = NEXT_DIFF;
+    }
+    assert_eq!(limit(asks.message(request)), small);
+}
+
+#[test]
+fn an_answer_of_no_diff_closes() {
+    let mut end = server_stage("relay");
+    let answer = Raw(bytes::Bytes::from_static(&[1]));
+    end.message(ToServer::SyncResponse { diff: DiffId(0), answer });
+    assert_eq!(end.session.state(), "Closed");
+}
+
+#[test]
 fn who_falls_off_the_log_is_not_caught_up() {
     let limits = |end: &ServerEnd| end.session.max_frame_bytes();
     // Before the first frame, between two, and behind the last.
@@ -1570,7 +1646,7 @@ fn who_falls_off_the_log_is_not_caught_up() {
         sent.extend(behind.catch_up().into_iter().take(frames));
         end.act_with_room(1 + frames, |session| session.handle_shortened(Some(behind.shortened())));
         assert_eq!((&end.sent, end.session.state()), (&sent, "CatchUp"));
-        assert_eq!(limits(&end), Limits::default().frame_bytes);
+        assert_eq!(limits(&end), tablecast_protocol::SMALL_FRAME_BYTES);
         let Position { revision: last, chain: at, .. } = behind.shortened().end();
         // Takes the place of all that was before, and of one that came behind the end.
         behind.write(&[Change::write("big", vec![0; 5000])]);
