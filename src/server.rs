@@ -126,7 +126,7 @@ impl Server {
 
     /// The table is filled as it was at this position (of [`Server::ready`], a write, or the status of a server
     /// before this one): the history goes on from there, and its followers are resumed. Whoever says so
-    /// knows that the store is that old; a wrong one is noticed by a follower's next diff only.
+    /// knows that the store is that old; a wrong one is noticed only where roots are compared.
     ///
     /// # Errors
     /// If the server has been stopped.

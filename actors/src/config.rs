@@ -24,8 +24,8 @@ pub struct ServerConfig {
     /// for as long as it took. One of a follower that asks over and over (`diff_rest`) begins when the last such one is over for eight
     /// times as long, too, 8 s at the most.
     pub diffs_at_once: usize,
-    /// How long a diff keeps its place while others wait: 60 s. Then it is aborted as `Busy`, and asked for
-    /// again behind the others; what it has repaired stays. Looked at once a second. (A diff in which nothing
+    /// How long a diff keeps its place while others wait: 60 s, and an eighth of that if its follower has nothing come of it
+    /// meanwhile. Then it is aborted as `Busy`, and asked for again behind the others; what it has repaired stays. Looked at once a second. (A diff in which nothing
     /// happens ends with `SessionConfig::diff_stall`, whether others wait or not.)
     pub diff_turn: Duration,
     /// How long a follower whose diff has ended rests: 10 s. If it asks for another one before that, it waits for the one
@@ -41,8 +41,8 @@ pub struct ServerConfig {
     /// How many connections may be on their way to become followers, their TLS handshake included: 1,000,
     /// one at the least. The next ones wait in the listener's queue.
     pub strangers: usize,
-    /// How long nobody is let in for each connection that ended without becoming a follower: 1 ms. So those that
-    /// come to be closed, over and over, take a small share of the server's time, however many there are.
+    /// How long nobody is let in for each connection that ended without becoming a follower, or within `handshake_timeout`: 1 ms.
+    /// So those that come and go, over and over, take a small share of the server's time, however many there are.
     pub stranger_pause: Duration,
     /// How long a connection may take to say who it is, its TLS handshake included: 10 s. Then it is
     /// closed.
@@ -85,7 +85,7 @@ impl Default for ServerConfig {
 /// What a follower is set to.
 #[derive(Clone, Debug)]
 pub struct ClientConfig {
-    /// What the server's people see; up to a few hundred bytes.
+    /// What the server's people see: up to 255 bytes, the rest is cut off.
     pub name: String,
     /// What the server is shown before anything else; `None` is nothing.
     pub token: Option<Token>,

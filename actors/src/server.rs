@@ -569,6 +569,7 @@ impl Handler<Ask> for Server {
         self.budget.spend(ctx);
         let Ask { follower, diff, question, at } = ask;
         self.places.waited(at.elapsed());
+        self.places.step(follower);
         let Some(Follower { turn, .. }) = self.followers.get(&follower) else { return };
         let turn = *turn;
         match question {

@@ -42,7 +42,7 @@ pub struct FollowerStatus {
     pub name: String,
     /// Where it is.
     pub address: String,
-    /// The session's state: `CatchUp`, `Relay` or `Diff`, `Closed` at the end.
+    /// The session's state: `Subscribing`, `CatchUp`, `Relay` or `Diff`, `Closed` at the end.
     pub state: Cow<'static, str>,
     /// What the diff under way is at: `Queued`, `Walk`, `Repair` or `Mark`.
     pub phase: Option<Cow<'static, str>>,

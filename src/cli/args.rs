@@ -15,12 +15,12 @@ FILE is NDJSON, one object a line: {\"key\":\"k\",\"value\":\"v\"}. Bytes that a
 key_base64 and value_base64. Empty lines are skipped; of a key that comes twice the last counts.
 Keys are up to 64 KiB, values up to 8 MiB.
 
-SIGINT, SIGTERM and, on Linux, a closed terminal end the command in an orderly way, a second signal at
-once. The log goes to stderr; RUST_LOG=info says more.
+SIGINT, SIGTERM and, on Linux, a closed terminal end the command in an orderly way, a second of the
+first two at once. The log goes to stderr; RUST_LOG=info says more.
 
-Exit codes: 0 done, or ended by a signal; 1 it failed, the tables differ (--once, verify), a repair is
-held (--once), a dump was not written, there is no such key (get), or ended by a second signal; 2 wrong
-usage or unreadable input.";
+Exit codes: 0 done, or ended by a signal (--once and verify were not done then: 1); 1 it failed, the
+tables differ (--once, verify), a repair is held (--once), a dump was not written, there is no such key
+(get), or ended by a second signal; 2 wrong usage or unreadable input.";
 
 const HTTP_HELP: &str = "\
 HTTP: GET /metrics (Prometheus), /healthz, /readyz, /status, /followers (serve) and /keys/KEY; PUT and
@@ -144,7 +144,7 @@ pub(super) struct Follow {
     /// Print every change as it is applied
     #[arg(long)]
     pub(super) print: bool,
-    /// Ask for a diff so long after the last time, and not only when something may be missing
+    /// Ask for a diff about so often, and not only when something may be missing
     #[arg(long, value_name = "SECONDS", value_parser = seconds)]
     pub(super) diff_every: Option<Duration>,
     /// Let a repair delete whatever it finds. Without it one that would delete more than half of the

@@ -25,6 +25,8 @@ type Line = Result<(u64, Change), String>;
 
 pub(super) async fn run(args: &Serve, output: &Output) -> Result<ExitCode, Failure> {
     credentials::check(args)?;
+    #[cfg(target_os = "linux")]
+    raise_open_files();
     let (config, tls) = (config(args)?, credentials::tls(args)?);
     let dump = args.dump.as_deref().map(Dump::at).transpose()?;
     let store = file::load(args.load.as_deref(), args.dump.as_deref())?;
@@ -79,6 +81,15 @@ pub(super) async fn run(args: &Serve, output: &Output) -> Result<ExitCode, Failu
         }
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// As many open files as the system allows: often 1,024 are left at first, fewer than there may be connections. Where it does
+/// not, those that there are are all.
+#[cfg(target_os = "linux")]
+fn raise_open_files() {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let limit = getrlimit(Resource::Nofile);
+    setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit }).ok();
 }
 
 fn config(args: &Serve) -> Result<ServerConfig, Failure> {

@@ -48,7 +48,7 @@ pub struct Endpoint {
     next: Arc<AtomicU64>,
     /// Places for connections that are not subscribed yet.
     strangers: Arc<Semaphore>,
-    /// How many connections ended that never were, and have not been paused for yet.
+    /// How many connections ended that never were, or were for a moment, and have not been paused for yet.
     ended: Arc<AtomicU32>,
     listeners: TaskTracker,
 }
@@ -149,8 +149,11 @@ impl Endpoint {
             return;
         }
         loop {
+            let config = &self.shared.config;
             let ended = self.ended.load(Ordering::Relaxed);
-            let pause = self.shared.config.stranger_pause.saturating_mul(ended);
+            // Many more end at once when a network fails for a moment, and all of them are honest.
+            let most = u32::try_from(config.strangers).unwrap_or(u32::MAX);
+            let pause = config.stranger_pause.saturating_mul(ended.min(most));
             if pause >= LEAST_PAUSE {
                 self.ended.fetch_sub(ended, Ordering::Relaxed);
                 tokio::time::sleep(pause).await;
@@ -164,8 +167,9 @@ impl Endpoint {
                     let Ok(place) = Arc::clone(&self.strangers).acquire_owned().await else {
                         return;
                     };
-                    let ended = Some(Arc::clone(&self.ended));
-                    self.serve(incoming, Place { _place: place, ended });
+                    let until = Instant::now() + self.shared.config.handshake_timeout;
+                    let ended = Arc::clone(&self.ended);
+                    self.serve(incoming, Place { place: Some(place), ended, until });
                 }
                 Err(error) => {
                     warn!(address = listener.address(), %error, "cannot accept");
@@ -180,7 +184,7 @@ impl Endpoint {
         let arbiters = &self.connections;
         let index = usize::try_from(number).unwrap_or(0) % arbiters.len().max(1);
         let shared = self.shared.clone();
-        let until = Instant::now() + shared.config.handshake_timeout;
+        let until = place.until;
         spawn_on(arbiters.get(index), async move {
             let address = incoming.peer.clone();
             debug!(follower = number, address, "connected");
@@ -191,8 +195,8 @@ impl Endpoint {
             };
             match opened {
                 Ok(Ok((stream, certificate))) => {
-                    let stranger = Stranger { address, certificate, until, place };
-                    Middleman::new(shared, FollowerId(number), stream, stranger).start();
+                    let stranger = Stranger { address, certificate };
+                    Middleman::new(shared, FollowerId(number), stream, stranger, place).start();
                 }
                 Ok(Err(error)) => info!(address, %error, "no handshake"),
                 Err(_) => info!(address, "no handshake in time"),
@@ -201,24 +205,27 @@ impl Endpoint {
     }
 }
 
-/// A place among the connections that are not subscribed yet. Unless it is left by [`Place::subscribed`], it ends with
-/// its connection, and somebody else is let in a little later.
+/// A place among the connections that are not subscribed yet, until [`Place::subscribed`]. If the connection ends before that, or
+/// before it might have taken so long, somebody else is let in a little later: to connect over and over is no cheaper for the
+/// server if Hello is said each time.
 pub(crate) struct Place {
-    _place: OwnedSemaphorePermit,
-    ended: Option<Arc<AtomicU32>>,
+    place: Option<OwnedSemaphorePermit>,
+    ended: Arc<AtomicU32>,
+    /// When it is closed unless it is subscribed.
+    pub(super) until: Instant,
 }
 
 impl Place {
     /// The place is for others.
-    pub(crate) fn subscribed(mut self) {
-        self.ended = None;
+    pub(super) fn subscribed(&mut self) {
+        self.place = None;
     }
 }
 
 impl Drop for Place {
     fn drop(&mut self) {
-        if let Some(ended) = &self.ended {
-            ended.fetch_add(1, Ordering::Relaxed);
+        if self.place.is_some() || Instant::now() < self.until {
+            self.ended.fetch_add(1, Ordering::Relaxed);
         }
     }
 }

@@ -99,10 +99,6 @@ pub(crate) struct Shared {
 pub(crate) struct Stranger {
     pub(crate) address: String,
     pub(crate) certificate: Option<Bytes>,
-    /// When it is closed.
-    pub(crate) until: Instant,
-    /// Among those that are allowed.
-    pub(crate) place: Place,
 }
 
 /// The actor.
@@ -114,6 +110,7 @@ pub struct Middleman {
     held: Held,
     /// Until it is subscribed.
     stranger: Option<Stranger>,
+    place: Place,
     /// What came ahead of Hello.
     token: Option<Token>,
     /// The Server does not wake us while this is set; cleared before the log is read.
@@ -137,6 +134,7 @@ impl Middleman {
         follower: FollowerId,
         stream: Box<dyn Stream>,
         stranger: Stranger,
+        place: Place,
     ) -> Self {
         let session = Session::new(shared.config.session, follower, Duration::ZERO);
         let address = stranger.address.clone();
@@ -148,6 +146,7 @@ impl Middleman {
             follower,
             session,
             stranger: Some(stranger),
+            place,
             token: None,
             woken: Arc::new(AtomicBool::new(false)),
             status: Arc::new(Mutex::new(status)),
@@ -532,13 +531,18 @@ impl Actor for Middleman {
         ctx.spawn(stop.into_actor(self));
         self.set_timer(ctx);
         let limit = self.shared.config.handshake_timeout;
-        let until = self.stranger.as_ref().map_or_else(Instant::now, |stranger| stranger.until);
-        ctx.run_later(until - Instant::now(), move |middleman, ctx| {
-            if matches!(middleman.session.state(), "Hello" | "Subscribing") {
-                let error =
-                    AccessError::Timeout { what: "handshake", seconds: limit.as_secs_f32() };
-                ctx.address().do_send(Reply::Close(Reason::Silent, error.to_string()).into());
-            }
+        ctx.run_later(self.place.until - Instant::now(), move |middleman, ctx| {
+            // All that it missed, then: that others have what counts found out is not its fault.
+            middleman.session.handle_shortened(None);
+            ctx.address().do_send(
+                if matches!(middleman.session.state(), "Hello" | "Subscribing") {
+                    let error =
+                        AccessError::Timeout { what: "handshake", seconds: limit.as_secs_f32() };
+                    Reply::Close(Reason::Silent, error.to_string()).into()
+                } else {
+                    Command::Timeout
+                },
+            );
         });
     }
 }
@@ -582,10 +586,9 @@ impl Handler<Command> for Middleman {
                 self.set_timer(ctx);
             }
             Command::Reply(reply) => {
-                if matches!(reply, Reply::Subscribed(..))
-                    && let Some(stranger) = self.stranger.take()
-                {
-                    stranger.place.subscribed();
+                if matches!(reply, Reply::Subscribed(..)) {
+                    self.stranger = None;
+                    self.place.subscribed();
                 }
                 if matches!(reply, Reply::Admitted(_)) {
                     self.diff_since.1 = Some(Instant::now());

@@ -58,8 +58,14 @@ struct Running {
     follower: FollowerId,
     diff: DiffId,
     since: Instant,
+    /// When something was asked for it last.
+    step: Instant,
     again: bool,
 }
+
+/// A diff for which nothing is asked for so large a part of its turn is over while others wait: a follower that does not answer
+/// would have its place for as long as one that is repaired.
+const STEPS: u32 = 8;
 
 impl Places {
     /// So many, one at the least.
@@ -141,7 +147,7 @@ impl Places {
         } else {
             self.waiting.pop_first()?.1
         };
-        self.running.push(Running { follower, diff, since: now, again });
+        self.running.push(Running { follower, diff, since: now, step: now, again });
         self.next = now + BUSY_PAUSE;
         Some((follower, diff))
     }
@@ -172,10 +178,21 @@ impl Places {
         Some(running.diff)
     }
 
-    /// Diffs that have run for this long, as many as others wait, and could begin.
+    /// Something is asked for a diff that runs.
+    pub(super) fn step(&mut self, follower: FollowerId) {
+        let runs = self.running.iter_mut().find(|running| running.follower == follower);
+        if let Some(running) = runs {
+            running.step = Instant::now();
+        }
+    }
+
+    /// Diffs that have run for this long, or for an eighth of it without a step, as many as others wait, and could begin.
     pub(super) fn overdue(&self, long: Duration) -> impl Iterator<Item = (FollowerId, DiffId)> {
         let most = if self.is_busy() { 1 } else { usize::MAX };
-        let overdue = self.running.iter().filter(move |running| running.since.elapsed() >= long);
+        let late = move |running: &&Running| {
+            running.since.elapsed() >= long || running.step.elapsed() >= long / STEPS
+        };
+        let overdue = self.running.iter().filter(late);
         overdue.map(|running| (running.follower, running.diff)).take(self.waiting().min(most))
     }
 }
@@ -324,5 +341,24 @@ mod tests {
         places.wait(FollowerId(2), DIFF, turns[1]);
         assert_eq!(places.overdue(LONG).count(), 0);
         assert_eq!(places.overdue(Duration::ZERO).collect::<Vec<_>>(), [(FollowerId(1), DIFF)]);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn so_is_what_does_nothing_for_an_eighth_of_that() {
+        let long = Duration::from_secs(8);
+        let mut places = Places::new(1, LONG);
+        for follower in [1, 2] {
+            let turn = places.turn(None);
+            places.wait(FollowerId(follower), DIFF, turn);
+        }
+        assert_eq!(admitted(&mut places), [1]);
+        let overdue = |places: &Places| places.overdue(long).count();
+        for _ in 0..7 {
+            tokio::time::advance(long / 8 - Duration::from_millis(1)).await;
+            assert_eq!(overdue(&places), 0);
+            places.step(FollowerId(1));
+        }
+        tokio::time::advance(long / 8).await;
+        assert_eq!(overdue(&places), 1);
     }
 }

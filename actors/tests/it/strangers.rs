@@ -18,10 +18,15 @@ async fn who_comes_behind_them_waits_a_moment() {
     let config = ServerConfig { stranger_pause: PAUSE, ..ServerConfig::default() };
     let (_endpoint, access) = serve(config).await;
 
+    let stays = ServerConfig::default().handshake_timeout;
+    // Who stays for as long as it might have been a stranger is none.
     let waited = async || {
         let start = Instant::now();
-        drop(subscribe(&access).await);
-        start.elapsed()
+        let stream = subscribe(&access).await;
+        let waited = start.elapsed();
+        tokio::time::sleep(stays).await;
+        drop(stream);
+        waited
     };
     assert!(waited().await < PAUSE);
     for _ in 0..2 {
@@ -31,7 +36,13 @@ async fn who_comes_behind_them_waits_a_moment() {
     }
     // Once for each of them.
     for _ in 0..2 {
-        assert!((PAUSE..2 * PAUSE).contains(&waited().await));
+        assert!((PAUSE - stays..2 * PAUSE).contains(&waited().await));
     }
     assert!(waited().await < PAUSE);
+    drop(subscribe(&access).await);
+    // That it has gone is known when it is read from.
+    tokio::time::sleep(Duration::from_millis(1)).await;
+    // The next one had its place by then.
+    assert!(waited().await < PAUSE - stays);
+    assert!((PAUSE - stays..2 * PAUSE).contains(&waited().await));
 }
