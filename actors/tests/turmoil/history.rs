@@ -2,8 +2,11 @@
 
 use std::collections::BTreeMap;
 
+use tablecast_actors::DiffOutcome;
 use tablecast_actors::client::Event;
-use tablecast_actors::protocol::{Change, Epoch, Key, MemoryStore, Position, Reader, Value};
+use tablecast_actors::protocol::{
+    Change, Epoch, Key, MemoryStore, Position, Reader, Reason, Value,
+};
 
 pub type Map = BTreeMap<Key, Value>;
 
@@ -91,7 +94,8 @@ impl History {
     /// Holds what a follower says against what there was.
     ///
     /// # Panics
-    /// If it has what never was, or something older than it had.
+    /// If it has what never was, or something older than it had; or if it says what only a fault of the protocol or of a
+    /// store would lead to, and there is none of these here.
     pub fn check(&self, seen: &mut Seen, event: &Event) {
         match event {
             Event::Connected(at, _) if seen.epoch != Some(at.epoch) => {
@@ -118,7 +122,21 @@ impl History {
                 let Some(now) = now else { panic!("{change:?} is older than {last}") };
                 seen.keys.insert(key.clone(), now);
             }
-            _ => {}
+            Event::Diff(DiffOutcome::Done(report)) => {
+                assert!(report.equal() && report.failed == 0, "{report:?}");
+            }
+            Event::Disconnected(reason) => {
+                let broken = Reason::Protocol.to_string();
+                assert!(!reason.contains(&broken), "{reason}");
+            }
+            Event::Diverged { .. } | Event::Corrupt { .. } | Event::Refused(_) => {
+                panic!("{event:?}")
+            }
+            Event::Connected(..)
+            | Event::FellBehind(_)
+            | Event::Progress(_)
+            | Event::Held { .. }
+            | Event::Diff(DiffOutcome::Aborted(_)) => {}
         }
     }
 }

@@ -243,20 +243,26 @@ async fn serve(world: Shared) -> turmoil::Result {
     }
 }
 
+/// Some batches at once, so that other messages may come between them.
 async fn write(world: &Shared, server: &Addr<Server>, rng: &mut Rng) -> turmoil::Result {
-    let batch: Vec<Change> = {
-        let World { plan, history, server, .. } = &mut *world.borrow_mut();
-        server.writing = true;
-        let count = rng.u8(1..4);
+    let mut written = Vec::new();
+    for _ in 0..rng.u8(1..4) {
+        let World { plan, history, server: host, .. } = &mut *world.borrow_mut();
+        host.writing = true;
+        let count = rng.usize(1..4);
         let change = |_| {
             let bytes = rng.usize(0..=plan.value_bytes);
             history.change(key(rng.u64(0..plan.keys)), Some(bytes).filter(|_| rng.u8(0..4) > 0))
         };
-        (0..count).map(change).collect()
-    };
-    let written = server.send(server::Write(batch)).await??;
+        let batch = (0..count).map(change).collect();
+        written.push(server.send(server::Write(batch)));
+    }
+    let mut position = None;
+    for written in written {
+        position = written.await??.position();
+    }
     let host = &mut world.borrow_mut().server;
-    (host.position, host.writing) = (written.position(), false);
+    (host.position, host.writing) = (position, false);
     Ok(())
 }
 
