@@ -7,11 +7,13 @@ use tablecast::{
     Change, DiffAborted, DiffError, DiffOutcome, DiffPhase, Error, Event, Health, MemoryStore,
     Progress, Reader, Revision, Server, ServerConfig, Store, StoreError, Verified,
 };
+use tablecast_actors::protocol::ToClient;
 
 use crate::harness::{
     Gate, LONG, Proxy, assert_converges, connect, entries, event, filled, follower, key, report,
     serve, within,
 };
+use crate::limits::{ask_for_diff, hello, read_message};
 
 #[actix_rt::test]
 async fn a_diff_reports_what_it_did() {
@@ -379,6 +381,41 @@ async fn a_server_that_came_up_empty_empties_nobody() {
     event(&mut events, gone).await;
     let refused = client.allow_mass_delete().await.unwrap_err();
     assert!(matches!(refused, Error::Diff(DiffError::Disconnected)), "{refused}");
+}
+
+/// An allowance is for one diff, and for the server that was asked for it.
+#[actix_rt::test]
+async fn what_is_allowed_once_is_allowed_once() {
+    let config = || ServerConfig { diffs_at_once: 1, ..ServerConfig::default() };
+    let (server, address) = serve(config(), filled(10)).await;
+    let client = follower(address, filled(3000));
+    let mut events = client.events().await.unwrap();
+    client.ready().await.unwrap();
+    let held = |event: &Event| match event {
+        Event::Held { deletes, .. } => Some(*deletes),
+        _ => None,
+    };
+    assert_eq!(event(&mut events, held).await, 2990);
+    // Somebody has the only place, so it is not used before the server is another one, which is empty, too.
+    let mut holds = hello(address).await;
+    ask_for_diff(&mut holds).await;
+    assert!(matches!(read_message(&mut holds).await, Some(ToClient::SyncStart { .. })));
+    client.allow_mass_delete().await.unwrap();
+    within(server.stop()).await;
+    let server = Server::start(config(), filled(10)).unwrap();
+    server.listen(address).unwrap();
+    server.ready().await.unwrap();
+    assert_eq!(event(&mut events, held).await, 2990);
+    assert_eq!(client.status().await.unwrap().keys, 3000);
+
+    client.allow_mass_delete().await.unwrap();
+    assert_eq!(report(&mut events).await.deleted, 2990);
+    for number in 10..3000 {
+        client.write(key(number), "its own").await.unwrap();
+    }
+    let outcome = client.diff().await.unwrap();
+    let held = DiffAborted::Held { deletes: 2990, keys: 3000 };
+    assert_eq!(outcome, DiffOutcome::Aborted(held));
 }
 
 #[actix_rt::test]
