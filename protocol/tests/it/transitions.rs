@@ -2306,6 +2306,76 @@ fn what_is_found_is_collected_part_by_part() {
     assert!(end.events.is_empty() && end.sent.is_empty());
 }
 
+/// A diff of 20 keys, of which each is a repair, whose walk is done.
+fn found_all(table: &Table) -> ServerEnd {
+    let mut end = admitted(table, SessionConfig { repair_bytes: 1, ..SessionConfig::default() });
+    end.act(|session| session.handle_snapshot(DIFF, table.tree().clone()));
+    let writes: Vec<_> = table.tree().iter().cloned().collect();
+    let count = writes.len() as u64;
+    let first = Difference { writes, deletes: Vec::new() };
+    let found = Found { first, writes: count, rest: Vec::new() };
+    end.act(|session| session.handle_step(DIFF, Step::Done(found)));
+    end
+}
+
+fn twenty_keys() -> Table {
+    let entries = (0..20_u8).map(|n| (vec![n].into(), "value".into()));
+    let mut table = Table::open(entries.collect::<MemoryStore>(), Limits::default()).unwrap();
+    table.ready(epoch());
+    table
+}
+
+#[test]
+fn a_diff_goes_on_for_as_long_as_something_happens() {
+    let mut table = twenty_keys();
+    let mut end = found_all(&table);
+    for number in 1..15 {
+        let [Event::Read { found, from, max_bytes, .. }] = &end.events[..] else { panic!() };
+        let values = table.read(found, *from, *max_bytes);
+        end.act(|session| session.handle_values(DIFF, values));
+        let next = std::mem::take(&mut end.events);
+        let now = Duration::from_secs(20) * number;
+        end.session.handle_heard(now);
+        end.act(|session| session.handle_timeout(now));
+        assert_eq!((&end.sent[..], end.session.state()), (&[][..], "Diff"), "{now:?}");
+        end.message(to_server("RepairAck"));
+        end.events = next;
+    }
+}
+
+#[test]
+fn what_cannot_be_read_and_was_updated_has_not_failed() {
+    for updated in [false, true] {
+        let mut table = twenty_keys();
+        let mut end = found_all(&table);
+        while let [Event::Read { found, from, max_bytes, .. }] = &end.events[..] {
+            let mut values = table.read(found, *from, *max_bytes);
+            let seven = values.writes.extract_if(.., |(_, key, _)| key[..] == [7]);
+            let failed: Vec<_> = seven.map(|(hash, ..)| hash).collect();
+            values.failed.extend(failed);
+            if updated && !values.failed.is_empty() {
+                // Behind the reading: what was updated before is not read.
+                table.write(&[Change::write(vec![7], "live")]).unwrap();
+                table.seal();
+                let (chunk, chain) = table.next_chunk().unwrap();
+                end.log.push(chunk, chain, NOW);
+            }
+            end.act(|session| session.handle_values(DIFF, values));
+            let next = std::mem::take(&mut end.events);
+            if matches!(end.sent[..], [.., ToClient::Repair { .. }]) {
+                end.message(to_server("RepairAck"));
+            }
+            end.events.extend(next);
+        }
+        assert_eq!(end.events, [Event::Mark(DIFF)]);
+        end.log.mark(FollowerId(1), DIFF);
+        let (head, tree) = (end.log.head(), table.tree().clone());
+        end.act(|session| session.handle_mark(DIFF, head, tree));
+        let [ToClient::SyncDone { suppressed, failed, .. }] = end.sent[..] else { panic!() };
+        assert_eq!((suppressed, failed), if updated { (1, 0) } else { (0, 1) });
+    }
+}
+
 #[test]
 fn more_updated_keys_than_are_remembered_end_a_diff() {
     let mut table = server_table();
