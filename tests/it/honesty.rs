@@ -121,6 +121,17 @@ impl Gated {
     fn waiting(&self) -> usize {
         self.gate.0.lock().unwrap().1
     }
+    /// Changes a key behind the follower's back, and waits until it looks through the store, which it does not come to the end of.
+    async fn corrupt(&mut self) {
+        self.shut(true);
+        self.inner.apply(&[Change::write(key(3), "changed")]).unwrap();
+        within(async {
+            while self.waiting() == 0 {
+                tokio::task::yield_now().await;
+            }
+        })
+        .await;
+    }
 }
 
 impl Store for Gated {
@@ -175,14 +186,7 @@ async fn what_was_found_corrupt_has_no_position() {
     let client = Client::start(quick(), store.clone(), access).unwrap();
     assert!(connect(&client).await.equal());
     let mut events = client.events().await.unwrap();
-    store.shut(true);
-    store.inner.apply(&[Change::write(key(3), "changed")]).unwrap();
-    within(async {
-        while store.waiting() == 0 {
-            tokio::task::yield_now().await;
-        }
-    })
-    .await;
+    store.corrupt().await;
     proxy.cut(&mut events).await;
     store.shut(false);
     event(&mut events, |event| matches!(event, Event::Corrupt { .. }).then_some(())).await;
@@ -201,14 +205,7 @@ async fn what_was_found_corrupt_beside_a_diff_is_healed() {
     let client = Client::start(quick(), store.clone(), access).unwrap();
     assert!(connect(&client).await.equal());
     let mut events = client.events().await.unwrap();
-    store.shut(true);
-    store.inner.apply(&[Change::write(key(3), "changed")]).unwrap();
-    within(async {
-        while store.waiting() == 0 {
-            tokio::task::yield_now().await;
-        }
-    })
-    .await;
+    store.corrupt().await;
     let DiffOutcome::Done(report) = client.diff().await.unwrap() else { panic!() };
     assert!(report.equal() && report.written == 0, "{report:?}");
     store.shut(false);
