@@ -656,3 +656,47 @@ impl Handler<Gone> for Server {
 pub(crate) async fn root_of(tree: Tree) -> Option<Hash> {
     compute(move || tree.root()).await
 }
+
+#[cfg(test)]
+mod tests {
+    use tablecast_protocol::{Epoch, Limits, MemoryStore, Replica, Value};
+
+    use super::*;
+    use crate::access::memory;
+    use crate::client::{self, Client, Event};
+    use crate::{ClientConfig, DiffOutcome};
+
+    /// Else the root at a checkpoint would be that of a table with changes that are not in the log there.
+    #[actix_rt::test]
+    async fn what_is_written_is_in_the_log_before_a_checkpoint() {
+        let store: MemoryStore = (0..9_u8).map(|n| (vec![n].into(), Value::from("v"))).collect();
+        let table = Table::open(store, Limits::default()).unwrap();
+        let config = ServerConfig { verify_every: None, ..ServerConfig::default() };
+        let endpoint = Endpoint::start_here(table, config);
+        let (listener, access) = memory::pair();
+        endpoint.listen(listener);
+        let server = endpoint.server();
+        server.send(Ready(Epoch::from_bytes([1; 16]))).await.unwrap();
+        let replica = Replica::open(MemoryStore::new()).unwrap();
+        let client = Client::new(replica, access, ClientConfig::default()).start();
+        let mut events = client.send(client::Subscribe).await.unwrap();
+        client.send(client::Ready).await.unwrap();
+        let repaired = |event: &Event| matches!(event, Event::Diff(DiffOutcome::Done(_)));
+        while !repaired(&events.recv().await.unwrap()) {}
+
+        for number in 0..5_u8 {
+            // In one run of the mailbox.
+            server.do_send(Write(vec![Change::write("a", vec![number])]));
+            server.do_send(SetCheckpoint);
+            server.do_send(Write(vec![Change::write("b", vec![number])]));
+            let at = Revision(2 * u64::from(number) + 1);
+            let verified = async {
+                while client.send(client::GetStatus).await.unwrap().verified != Some(at) {
+                    let event = events.try_recv().ok();
+                    assert!(!matches!(event, Some(Event::Diverged { .. })), "{event:?}");
+                }
+            };
+            tokio::time::timeout(Duration::from_secs(60), verified).await.unwrap();
+        }
+    }
+}
