@@ -672,15 +672,18 @@ impl Client {
         if let Some(error) = error {
             self.refuse(error);
         }
-        let compared = self.session(connection).is_some_and(|session| {
-            let compared = !unread && session.is_checking(checkpoint);
-            if unread {
+        let compared = match self.session(connection) {
+            Some(session) if unread => {
                 session.handle_unread(checkpoint);
-            } else {
-                session.handle_root(RootOf::Checkpoint(checkpoint), root);
+                false
             }
-            compared
-        });
+            Some(session) => {
+                let compared = session.is_checking(checkpoint);
+                session.handle_root(RootOf::Checkpoint(checkpoint), root);
+                compared
+            }
+            None => false,
+        };
         // Else nobody notices: a diff may have begun, and its snapshot does not know of it.
         if found && !compared {
             if let Some((_, session)) = &mut self.link {

@@ -213,6 +213,13 @@ struct Check {
     theirs: Option<Hash>,
 }
 
+impl Check {
+    /// Whether this is the one of this number from time to time.
+    fn is_checkpoint(&self, number: u64) -> bool {
+        self.of.is_none() && self.number == number
+    }
+}
+
 /// Where a root belongs that was asked for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum RootOf {
@@ -872,8 +879,8 @@ impl Session {
                 }
             }
             RootOf::Checkpoint(number) => {
-                let is = |check: &&mut Check| check.of.is_none() && check.number == number;
-                if let Some(check) = self.check.as_mut().filter(is) {
+                let check = self.check.as_mut();
+                if let Some(check) = check.filter(|check| check.is_checkpoint(number)) {
                     check.ours = Some(root);
                     self.compare();
                 }
@@ -883,13 +890,12 @@ impl Session {
 
     /// Whether the root at this mark from time to time is still to be compared: a diff that begins has done with it.
     pub fn is_checking(&self, checkpoint: u64) -> bool {
-        self.check.as_ref().is_some_and(|check| check.of.is_none() && check.number == checkpoint)
+        self.check.as_ref().is_some_and(|check| check.is_checkpoint(checkpoint))
     }
 
     /// The store could not be read at this mark from time to time: nothing is compared there.
     pub fn handle_unread(&mut self, checkpoint: u64) {
-        let of = |check: &mut Check| check.of.is_none() && check.number == checkpoint;
-        self.check.take_if(of);
+        self.check.take_if(|check| check.is_checkpoint(checkpoint));
     }
 
     /// The answer that [`Output::Answer`] asked for.

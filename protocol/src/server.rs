@@ -1013,6 +1013,7 @@ impl Session {
         if self.state == State::Closed {
             return;
         }
+        self.watch_answer(now);
         self.watch_diff(now);
         match self.heartbeat.beat(now) {
             Beat::Quiet => {}
@@ -1023,15 +1024,19 @@ impl Session {
         }
     }
 
-    /// Aborts a diff that has a place and makes no use of it.
-    fn watch_diff(&mut self, now: Duration) {
-        let (counted, since) = self.progressed;
+    /// Gives an answer that nobody waits for any more its time, and no more.
+    fn watch_answer(&mut self, now: Duration) {
         let asked = |at: &Diff| matches!(at.phase, Phase::Walk { asked: true });
         let waits = matches!(&self.state, State::Diff(at) if asked(at));
         self.answer_until = match self.answer_until {
             Some(Duration::MAX) if !waits => Some(now + self.config.diff_stall),
             until => until.filter(|until| now < *until),
         };
+    }
+
+    /// Aborts a diff that has a place and makes no use of it.
+    fn watch_diff(&mut self, now: Duration) {
+        let (counted, since) = self.progressed;
         match &self.state {
             State::Diff(at) if at.phase != Phase::Queued && counted == self.progress => {
                 if now.saturating_sub(since) >= self.config.diff_stall {
@@ -1390,16 +1395,10 @@ impl Session {
 
     /// How large a frame the peer may send now.
     pub fn max_frame_bytes(&self) -> usize {
-        match self.state {
-            State::CatchUp(_) | State::Relay | State::Diff(_) if self.answer_until.is_some() => {
-                self.config.limits.frame_bytes
-            }
-            State::Hello
-            | State::Subscribing(_)
-            | State::Closed
-            | State::CatchUp(_)
-            | State::Relay
-            | State::Diff(_) => limits::SMALL_FRAME_BYTES,
+        if self.answer_until.is_some() && self.state != State::Closed {
+            self.config.limits.frame_bytes
+        } else {
+            limits::SMALL_FRAME_BYTES
         }
     }
 }

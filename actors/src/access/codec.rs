@@ -77,6 +77,8 @@ impl Framed {
         &mut self,
         cx: &mut Context<'_>,
     ) -> Poll<Result<Option<BytesMut>, AccessError>> {
+        let limit = self.codec.max_frame_length();
+        let too_long = |bytes| Poll::Ready(Err(AccessError::FrameTooLong { bytes, limit }));
         for _ in 0..READS {
             let header = self.inbox.first_chunk().copied();
             match self.codec.decode(&mut self.inbox) {
@@ -88,19 +90,11 @@ impl Framed {
                     return Poll::Ready(Ok(Some(frame)));
                 }
                 // It began when more was allowed.
-                Ok(None) if self.inbox.len() > self.codec.max_frame_length() + HEADER_BYTES => {
-                    return Poll::Ready(Err(AccessError::FrameTooLong {
-                        bytes: u32::try_from(self.inbox.len()).unwrap_or(u32::MAX),
-                        limit: self.codec.max_frame_length(),
-                    }));
+                Ok(None) if self.inbox.len() > limit + HEADER_BYTES => {
+                    return too_long(u32::try_from(self.inbox.len()).unwrap_or(u32::MAX));
                 }
                 Ok(None) => {}
-                Err(_) => {
-                    return Poll::Ready(Err(AccessError::FrameTooLong {
-                        bytes: header.map_or(0, u32::from_be_bytes),
-                        limit: self.codec.max_frame_length(),
-                    }));
-                }
+                Err(_) => return too_long(header.map_or(0, u32::from_be_bytes)),
             }
             let mut scratch = [const { MaybeUninit::uninit() }; READ_BYTES];
             let mut scratch = ReadBuf::uninit(&mut scratch);
