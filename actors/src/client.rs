@@ -684,12 +684,17 @@ impl Client {
             }
             None => false,
         };
-        // Else nobody notices: a diff may have begun, and its snapshot does not know of it.
-        if found && !compared {
+        if found {
+            // The table is known to be another one from here on, not when the server's root is there.
             if let Some((_, session)) = &mut self.link {
                 session.handle_refused();
             }
-            self.want_diff(true);
+            // What a diff compares that has begun does not know of it; and the server's root may never come.
+            if compared {
+                self.retry_diff(true, ctx);
+            } else {
+                self.want_diff(true);
+            }
         }
     }
 

@@ -52,6 +52,8 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
         failure.trace.iter().for_each(|line| eprintln!("{line}"));
         bail!(failure);
     }
+    let wrong = [totals.server.wrong(), totals.client.wrong()].concat();
+    ensure!(wrong.is_empty(), "honest ends were sent {wrong:?}");
     let never = never(&totals);
     ensure!(totals.runs < REACHES_ALL || never.is_empty(), "never came: {}", never.join(", "));
     Ok(())

@@ -96,7 +96,7 @@ pub struct Session {
     whole: bool,
     /// It was resumed, and what it had missed is still coming.
     catching_up: bool,
-    /// The store refused a live change since the last snapshot for a diff.
+    /// The store refused a live change, or was found to be wrong, since the last snapshot for a diff.
     refused: bool,
     /// How many `FellBehind` there were.
     jumps: u32,
@@ -518,9 +518,11 @@ impl Session {
                     let (got, revision) = ("Welcome", revision.0);
                     return Err(ProtocolError::Revision { got, revision, stands });
                 }
-                // Nothing was missing there, and everything behind it will come, in its order.
-                self.whole =
-                    way == Way::Resumed || self.broken.breaks(Mutation::CatchUpKeepsPosition);
+                // Nothing was missing there, and everything behind it will come, in its order; unless what the
+                // store holds was found to be wrong since.
+                self.whole = (way == Way::Resumed
+                    || self.broken.breaks(Mutation::CatchUpKeepsPosition))
+                    && (!self.refused || self.broken.breaks(Mutation::RefusalForgotten));
                 self.catching_up = true;
             }
             self.whole |= self.broken.breaks(Mutation::NewcomerHasPosition);
@@ -935,7 +937,8 @@ impl Session {
         self.outputs.push_back(Output::Send(ToServer::RepairAck { diff, failed, micros }));
     }
 
-    /// The store refused a live change of [`Output::Apply`]: the table is not whole until a diff.
+    /// The store refused a live change of [`Output::Apply`], or does not hold what it took: the table is not whole
+    /// until a diff.
     pub fn handle_refused(&mut self) {
         self.whole &= self.broken.breaks(Mutation::RefusedKeepsPosition);
         // The diff that runs may leave its key out, as one that a live change brought.

@@ -47,7 +47,7 @@ impl Coverage {
         Self { states, messages, counts: vec![0; states.len() * messages.len()], heading }
     }
 
-    /// A message of this tag came in this state.
+    /// A message of this tag came in this state, as it was sent.
     pub(crate) fn count(&mut self, state: &str, tag: u8) {
         let row = self.states.iter().position(|name| *name == state).expect("a state of the page");
         self.counts[row * self.messages.len() + usize::from(tag)] += 1;
@@ -89,6 +89,14 @@ impl Coverage {
             })
             .map(|(state, message, _)| (state, message))
             .collect()
+    }
+
+    /// The cells that were reached, and that no honest peer can reach.
+    pub fn wrong(&self) -> Vec<(&'static str, &'static str)> {
+        let reachable = self.reachable();
+        let reached = self.cells().filter(|cell| cell.2 > 0);
+        let cells = reached.map(|(state, message, _)| (state, message));
+        cells.filter(|cell| !reachable.contains(cell)).collect()
     }
 
     /// Those of the reachable cells that were not reached.

@@ -80,6 +80,8 @@ faults! {
     LostDiffer,
     /// Too many diffs wait already (follows from others).
     Busy,
+    /// A diff gives way to others that wait, wherever it is.
+    TurnEnded,
     /// More keys are updated in a diff than are remembered (follows from others).
     UpdatedOverflow,
     /// A diff is given up because nothing happens in it (follows from others).

@@ -14,7 +14,7 @@ use tablecast_protocol::{
 
 use crate::fault::Fault;
 use crate::history::{Cells, FORGED, History, Id, KEYS, STRANGERS, id, is, key, number, value};
-use crate::world::{Connection, Follower, Work, World, filled, flip, hashed};
+use crate::world::{Connection, Follower, Work, Works, World, filled, flip, hashed};
 use crate::{Checked, check};
 
 /// Most keys that are looked up after a look through the store.
@@ -47,6 +47,7 @@ impl Follower {
             stale: false,
             refuses_until: u64::MAX,
             retry: None,
+            works: Works::default(),
             at_mark: 0,
             at_checkpoint: 0,
         }
@@ -104,6 +105,7 @@ impl Follower {
     fn reopen(&mut self) {
         self.store.unread.store(false, Relaxed);
         self.replica = Replica::open(self.store.clone()).unwrap();
+        self.works = Works::default();
         self.hidden = 0;
         self.changed = false;
         (self.due, self.retry) = (None, None);
@@ -119,7 +121,9 @@ impl World<'_> {
         match link.to_client.next(client.session.max_frame_bytes()) {
             Ok(Some(message)) => {
                 self.delivered += 1;
-                self.totals.client.count(client.session.state(), message.tag());
+                if !link.tainted {
+                    self.totals.client.count(client.session.state(), message.tag());
+                }
                 if let ToClient::SyncStart { .. } = message {
                     client.updated = 0;
                 }
@@ -156,6 +160,7 @@ impl World<'_> {
             return;
         }
         follower.link = None;
+        follower.works.forget();
         follower.changed |= follower.running.take().unwrap_or(false);
         follower.allows = false;
         if let Some(client) = &link.client
@@ -186,58 +191,88 @@ impl World<'_> {
         Ok(())
     }
 
-    pub(crate) fn work(&mut self, at: usize) -> Checked {
-        let link = &mut self.connections[at];
-        let Some(client) = &mut link.client else { return Ok(()) };
-        match client.work.pop_front() {
-            None => {}
-            Some(Work::Root(of, tree)) => client.session.handle_root(of, tree.root()),
-            Some(Work::Answer(id, tree, query)) => {
-                match diff::answer(&tree, &query, self.config.answer_bytes) {
-                    Ok(answer) => client.session.handle_answer(id, answer),
-                    Err(error) => {
-                        client.session.handle_close(Reason::Protocol, error.to_string());
+    /// Something that a follower computes elsewhere is there.
+    pub(crate) fn work(&mut self, index: usize) -> Checked {
+        let follower = &mut self.followers[index];
+        let Some((id, work)) = follower.works.take(&mut self.rng) else { return Ok(()) };
+        let waits = follower.link == Some(id);
+        let at = follower.link.and_then(|id| self.place(id));
+        if let Work::Scrub(number, mut tree, entries) = work {
+            let (found, error) = scrub(&tree, entries, SCRUBBED_KEYS);
+            for correction in &found {
+                match &correction.entry {
+                    Some(entry) => tree.insert_entry(entry.clone()),
+                    None => tree.remove(&correction.key),
+                };
+            }
+            let keys = found.into_iter().map(|found| found.key).collect();
+            let root = (error.is_none() && waits).then(|| tree.root());
+            self.scrubbed(index, number, root, keys, waits);
+        } else if let Some(at) = at.filter(|_| waits)
+            && let Some(client) = &mut self.connections[at].client
+        {
+            match work {
+                Work::Root(of, tree) => client.session.handle_root(of, tree.root()),
+                Work::Answer(id, tree, query) => {
+                    match diff::answer(&tree, &query, self.config.answer_bytes) {
+                        Ok(answer) => client.session.handle_answer(id, answer),
+                        Err(error) => {
+                            client.session.handle_close(Reason::Protocol, error.to_string());
+                        }
                     }
                 }
-            }
-            Some(Work::Scrub(number, mut tree, entries)) => {
-                let (found, error) = scrub(&tree, entries, SCRUBBED_KEYS);
-                for correction in &found {
-                    match &correction.entry {
-                        Some(entry) => tree.insert_entry(entry.clone()),
-                        None => tree.remove(&correction.key),
-                    };
-                }
-                let keys = found.into_iter().map(|found| found.key).collect();
-                self.scrubbed(at, number, tree.root(), keys, error.is_some());
+                Work::Scrub(..) => {}
             }
         }
-        self.drain_client(at)
+        match at {
+            Some(at) => self.drain_client(at),
+            None => Ok(()),
+        }
     }
 
-    fn scrubbed(&mut self, at: usize, mark: u64, root: Hash, keys: Vec<Key>, unread: bool) {
-        let link = &mut self.connections[at];
-        let follower = &mut self.followers[link.follower];
-        if follower.link != Some(link.id) {
-            return;
-        }
+    /// A look through the store, `waits` if it is for the connection at hand; no root if the store cannot be read.
+    fn scrubbed(
+        &mut self,
+        index: usize,
+        mark: u64,
+        root: Option<Hash>,
+        keys: Vec<Key>,
+        waits: bool,
+    ) {
+        let at = self.followers[index].link.and_then(|id| self.place(id));
+        let follower = &mut self.followers[index];
         for key in &keys {
             follower.changed = true;
             follower.position = None;
             follower.replica.look_up(key).unwrap();
             let bit = number(key).map_or(STRANGERS, |number| 1 << number);
             follower.hidden &= !bit;
+            // From here on there is no position without it.
+            follower.excused &= !bit;
+            follower.refused |= bit & follower.wrong;
             self.totals.found += 1;
         }
-        let client = link.client.as_mut().unwrap();
-        if unread {
-            client.session.handle_unread(mark);
-            self.totals.faults[Fault::UnreadStore as usize] += 1;
-        } else {
-            client.session.handle_root(RootOf::Checkpoint(mark), root);
+        let session = at.and_then(|at| self.connections[at].client.as_mut());
+        let Some(session) = session.map(|client| &mut client.session) else { return };
+        let mut compared = false;
+        match root {
+            _ if !waits => {}
+            None => {
+                session.handle_unread(mark);
+                self.totals.faults[Fault::UnreadStore as usize] += 1;
+            }
+            Some(root) => {
+                compared = session.is_checking(mark);
+                session.handle_root(RootOf::Checkpoint(mark), root);
+            }
         }
-        if unread && !keys.is_empty() {
-            follower.want_diff(true);
+        if !keys.is_empty() {
+            session.handle_refused();
+            if compared {
+                follower.retry_diff(true, self.now + RETRY);
+            } else {
+                follower.want_diff(true);
+            }
         }
     }
 
@@ -292,14 +327,14 @@ impl World<'_> {
                 }
                 Output::Repair { diff, changes } => self.repair(at, diff, changes)?,
                 Output::Answer { diff, tree, query, .. } => {
-                    client.work.push_back(Work::Answer(diff, tree, query));
+                    follower.works.add(link.id, Work::Answer(diff, tree, query));
                 }
                 Output::Root(diff, tree) => {
-                    client.work.push_back(Work::Root(RootOf::Diff(diff), tree));
+                    follower.works.add(link.id, Work::Root(RootOf::Diff(diff), tree));
                 }
                 Output::Mark(revision) => {
                     let tree = hashed(follower.replica.tree());
-                    client.work.push_back(Work::Root(RootOf::Mark(revision), tree));
+                    follower.works.add(link.id, Work::Root(RootOf::Mark(revision), tree));
                     follower.at_mark = follower.wrong | follower.hidden;
                     let excused = follower.excused | follower.refused | self.ever_flipped;
                     let wrong = follower.wrong & !excused;
@@ -311,7 +346,7 @@ impl World<'_> {
                 Output::Checkpoint(number) => {
                     let tree = hashed(follower.replica.tree());
                     let entries = follower.replica.reader().snapshot();
-                    client.work.push_back(Work::Scrub(number, tree, entries));
+                    follower.works.add(link.id, Work::Scrub(number, tree, entries));
                     // Where a repair was held, live changes may have made it needless.
                     let (index, whole) = (link.follower, client.session.position().is_some());
                     check(whole || follower.allows, || {
@@ -390,9 +425,8 @@ impl World<'_> {
     fn client_closes(&mut self, at: usize, close: &Close) -> Checked {
         self.unlink(at);
         let link = &mut self.connections[at];
-        let (id, tainted) = (link.id, link.tainted);
-        if let Some(client) = &mut link.client {
-            client.work.clear();
+        let (id, tainted, there) = (link.id, link.tainted, link.server.is_some());
+        if let Some(client) = &link.client {
             let waits = client.session.stream().is_none();
             if let Close::Here { reason: Reason::Silent, .. } = close {
                 self.fault(if waits { Fault::HelloTimeout } else { Fault::Silence });
@@ -400,7 +434,8 @@ impl World<'_> {
         }
         self.note(|| format!("{id}: the follower closes: {close}"));
         let (Close::Peer { reason, .. } | Close::Here { reason, .. }) = close;
-        check(tainted || *reason != Reason::Protocol, || {
+        let hangs = self.quiet && there && *reason == Reason::Silent;
+        check(tainted || *reason != Reason::Protocol && !hangs, || {
             format!("the follower closes connection {id}: {close}")
         })
     }

@@ -45,7 +45,7 @@ impl World<'_> {
         if std::mem::take(&mut self.any_changed) {
             (0..self.connections.len()).for_each(|at| self.renew(at));
         }
-        debug_assert!(self.connections.iter().all(|link| link.ready == ready_for(link)));
+        debug_assert!(self.connections.iter().all(|link| link.ready == self.ready_for(link)));
         let count = self.connections.len();
         let (begin, kind) = (self.rng.usize(..count.max(1)), self.rng.u32(..8));
         // What is slow is passed over most of the time.
@@ -79,7 +79,11 @@ impl World<'_> {
 
     /// Looks again what can be done for a connection.
     fn renew(&mut self, at: usize) {
-        self.connections[at].ready = ready_for(&self.connections[at]);
+        self.connections[at].ready = self.ready_for(&self.connections[at]);
+    }
+
+    fn ready_for(&self, link: &Connection) -> u8 {
+        ready_for(link, &self.followers[link.follower])
     }
 
     /// What also happens when nothing goes wrong.
@@ -230,6 +234,7 @@ impl World<'_> {
                 self.fault(fault);
                 return self.pass(time);
             }
+            Fault::TurnEnded => self.end_turn(),
             Fault::BitToServer | Fault::BitToClient => self.flip_bit(fault),
             // An old connection is still there, if the last one vanished.
             Fault::DuplicateConnection => return self.connect(index),
@@ -408,6 +413,7 @@ impl World<'_> {
     /// Nothing goes wrong any more.
     fn quiet(&mut self) -> Checked {
         self.any_changed = true;
+        self.quiet = true;
         self.config.faults = 0;
         self.config.answer_bytes = self.config.answer_bytes.max(200);
         for follower in 0..self.followers.len() {

@@ -80,6 +80,8 @@ pub(crate) struct World<'a> {
     last_connection: u64,
     /// Something has happened to others than the connection of the last step.
     pub(crate) any_changed: bool,
+    /// Nothing goes wrong any more: nobody may wait in vain for an end that is there.
+    pub(crate) quiet: bool,
     /// What goes wrong next, while a shortened catch-up runs.
     pub(crate) next_fault: Option<Fault>,
     /// Roots that were compared from time to time.
@@ -123,6 +125,7 @@ pub(crate) struct Follower {
     pub(crate) stale: bool,
     /// Its store refuses something until this step.
     pub(crate) refuses_until: u64,
+    pub(crate) works: Works,
     /// What was wrong at the last mark of a diff, and at the last one from time to time.
     pub(crate) at_mark: u64,
     pub(crate) at_checkpoint: u64,
@@ -164,7 +167,6 @@ pub(crate) struct ServerEnd {
 
 pub(crate) struct ClientEnd {
     pub(crate) session: client::Session,
-    pub(crate) work: VecDeque<Work>,
     /// Keys of live changes since `SyncStart`, as the follower sees them.
     pub(crate) updated: u64,
 }
@@ -191,6 +193,51 @@ pub(crate) enum Work {
     Root(RootOf, Tree),
     Answer(DiffId, Tree, Query),
     Scrub(u64, Tree, Box<dyn Iterator<Item = Scrubbed> + Send>),
+}
+
+impl Work {
+    fn kind(&self) -> usize {
+        match self {
+            Self::Root(RootOf::Diff(_), _) => 0,
+            Self::Root(RootOf::Mark(_), _) => 1,
+            Self::Root(RootOf::Checkpoint(_), _) | Self::Scrub(..) => 2,
+            Self::Answer(..) => 3,
+        }
+    }
+}
+
+/// What a follower computes elsewhere, for which connection. Of each kind one goes on, whoever waits for it, and then
+/// comes the newest of those behind it.
+#[derive(Default)]
+pub(crate) struct Works {
+    running: [Option<(u64, Work)>; 4],
+    next: [Option<(u64, Work)>; 4],
+}
+
+impl Works {
+    pub(crate) fn add(&mut self, connection: u64, work: Work) {
+        let kind = work.kind();
+        let place = if self.running[kind].is_some() { &mut self.next } else { &mut self.running };
+        place[kind] = Some((connection, work));
+    }
+
+    /// Nobody waits for what has not begun.
+    pub(crate) fn forget(&mut self) {
+        self.next = Default::default();
+    }
+
+    pub(crate) fn is_empty(&self) -> bool {
+        self.running.iter().all(Option::is_none)
+    }
+
+    /// One that is done.
+    pub(crate) fn take(&mut self, rng: &mut fastrand::Rng) -> Option<(u64, Work)> {
+        let running = self.running.iter().filter(|work| work.is_some()).count();
+        let nth = if running > 1 { rng.usize(..running) } else { 0 };
+        let mut kinds = (0..4).filter(|kind| self.running[*kind].is_some());
+        let kind = kinds.nth(nth)?;
+        std::mem::replace(&mut self.running[kind], self.next[kind].take())
+    }
 }
 
 type Scrubbed =
@@ -247,6 +294,7 @@ impl<'a> World<'a> {
             connections: Vec::new(),
             last_connection: 0,
             any_changed: true,
+            quiet: false,
             next_fault: None,
             verified: 0,
             config,
@@ -407,6 +455,10 @@ impl<'a> World<'a> {
         if self.connections.iter().any(old) {
             self.fault(Fault::DuplicateConnection);
         }
+        // What was begun for the last one may be done before this one begins.
+        if self.rng.bool() {
+            self.work(follower)?;
+        }
         self.last_connection += 1;
         let id = self.last_connection;
         let heartbeat = HeartbeatConfig::default();
@@ -445,7 +497,7 @@ impl<'a> World<'a> {
                 replies: VecDeque::new(),
                 differs: Vec::new(),
             }),
-            client: Some(ClientEnd { session: client, work: VecDeque::new(), updated: 0 }),
+            client: Some(ClientEnd { session: client, updated: 0 }),
             to_server: Pipe::new(),
             to_client: Pipe::new(),
             tainted: false,
@@ -506,7 +558,7 @@ impl<'a> World<'a> {
             kind::TRANSMIT => self.transmit(at),
             kind::TO_SERVER => self.hear_client(at),
             kind::TO_CLIENT => self.hear_server(at),
-            kind::WORK => self.work(at),
+            kind::WORK => self.work(self.connections[at].follower),
             _ => {
                 let closed = |client: &ClientEnd| client.session.state() == "Closed";
                 if self.connections[at].client.as_ref().is_some_and(closed) {
@@ -586,7 +638,9 @@ impl<'a> World<'a> {
         match link.to_server.next(server.session.max_frame_bytes()) {
             Ok(Some(message)) => {
                 self.delivered += 1;
-                self.totals.server.count(server.session.state(), message.tag());
+                if !link.tainted {
+                    self.totals.server.count(server.session.state(), message.tag());
+                }
                 if let ToServer::RepairAck { .. } = message {
                     server.unacknowledged = server.unacknowledged.saturating_sub(1);
                 }
@@ -640,6 +694,10 @@ impl<'a> World<'a> {
                     server.replies.push_back(Reply::Root(revision, tree.root()));
                 }
                 Event::EndDiff { diff, aborted, served } => {
+                    let hangs = self.quiet && aborted == Some(AbortReason::Stalled);
+                    check(!hangs || link.client.is_none(), || {
+                        format!("{diff:?} of connection {} hangs", link.id)
+                    })?;
                     server.differs.iter_mut().filter(|d| d.diff == diff).for_each(|differ| {
                         differ.stopping = true;
                     });
@@ -671,9 +729,10 @@ impl<'a> World<'a> {
     }
 
     fn server_closes(&mut self, at: usize, close: &server::Close) -> Checked {
-        let link = &mut self.connections[at];
+        let (quiet, link) = (self.quiet, &mut self.connections[at]);
         let id = link.id;
         let tainted = link.tainted;
+        let there = link.client.is_some();
         // The Middleman is told that it ends, and asks nothing any more.
         if let Some(server) = &mut link.server {
             server.requests.clear();
@@ -687,7 +746,8 @@ impl<'a> World<'a> {
         self.end_diffs(|connection, _| connection == id);
         self.note(|| format!("{id}: the server closes: {close}"));
         let (server::Close::Peer { reason, .. } | server::Close::Here { reason, .. }) = close;
-        check(tainted || *reason != Reason::Protocol, || {
+        let hangs = quiet && there && *reason == Reason::Silent;
+        check(tainted || *reason != Reason::Protocol && !hangs, || {
             format!("the server closes connection {id}: {close}")
         })
     }
@@ -754,6 +814,18 @@ impl<'a> World<'a> {
                 self.running.push((id, diff));
                 self.any_changed = true;
             }
+        }
+    }
+
+    /// Others want the place of a diff that has had it for long.
+    pub(crate) fn end_turn(&mut self) {
+        let Some(last) = self.running.len().checked_sub(1) else { return };
+        let (id, diff) = self.running[self.rng.usize(..=last)];
+        if let Some(at) = self.place(id)
+            && let Some(server) = &mut self.connections[at].server
+        {
+            server.replies.push_back(Reply::Busy(diff));
+            self.fault(Fault::TurnEnded);
         }
     }
 
@@ -883,7 +955,7 @@ impl<'a> World<'a> {
 }
 
 /// What can be done for a connection now, were none of it held.
-pub(crate) fn ready_for(link: &Connection) -> u8 {
+pub(crate) fn ready_for(link: &Connection, follower: &Follower) -> u8 {
     let mut ready = 0;
     let mut allow = |kind: u8, when: bool| ready |= if when { kind } else { 0 };
     if let Some(server) = &link.server {
@@ -899,7 +971,7 @@ pub(crate) fn ready_for(link: &Connection) -> u8 {
     }
     if let Some(client) = &link.client {
         allow(kind::TO_CLIENT, link.to_client.is_readable());
-        allow(kind::WORK, !client.work.is_empty());
+        allow(kind::WORK, follower.link == Some(link.id) && !follower.works.is_empty());
         allow(kind::CLOSE, client.session.state() == "Closed");
     }
     ready

@@ -21,6 +21,7 @@ fn everything_is_kept_and_everything_is_reached() {
         assert!(*count > 0, "no {fault:?}");
     }
     assert_eq!((totals.server.missing(), totals.client.missing()), (Vec::new(), Vec::new()));
+    assert_eq!((totals.server.wrong(), totals.client.wrong()), (Vec::new(), Vec::new()));
     for (what, count) in [
         ("diffs", totals.diffs),
         ("aborts", totals.aborts),

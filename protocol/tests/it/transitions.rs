@@ -1213,6 +1213,18 @@ fn a_refused_live_change_leaves_no_position() {
 }
 
 #[test]
+fn a_store_that_is_found_to_be_wrong_before_welcome_leaves_no_position() {
+    // By a look through it that began on the last connection (seed 960006645).
+    let mut end = ClientEnd::at(Limits::default(), Some(start()));
+    end.act(client::Session::handle_refused);
+    end.message(resumed(start(), Way::Resumed));
+    assert_eq!((end.session.state(), end.session.position()), ("Relay", None));
+    end.message(to_client("CaughtUp", &end.clone()));
+    diff_again(&mut end, DIFF);
+    assert_eq!(end.session.position(), end.session.stream());
+}
+
+#[test]
 fn a_refused_live_change_in_the_middle_of_a_diff_leaves_no_position() {
     let root = server_tree().root();
     for stage in ["preparing", "waiting", "diff", "answered", "announced", "repaired"] {
