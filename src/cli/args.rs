@@ -99,7 +99,7 @@ pub(super) struct Serve {
     /// Where to answer HTTP; port 0 is one that is free. Exit code 1 if that cannot be
     #[arg(long, value_name = "HOST:PORT", value_parser = host_port)]
     pub(super) http: Option<String>,
-    /// Take PUT and DELETE from other machines too. A proxy on this machine is this machine
+    /// Take PUT and DELETE from other machines too, and from any page in a browser. A proxy on this machine is this machine
     #[arg(long, requires = "http")]
     pub(super) http_writes_from_anywhere: bool,
     /// Print every event as one JSON object a line

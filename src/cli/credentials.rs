@@ -29,12 +29,14 @@ pub(super) fn access(connect: &str, args: &Credentials) -> Result<Box<dyn Access
     Ok(Box::new(access))
 }
 
-/// The token in a file, without the end of its line.
+/// The token in a file, without the ends of its lines.
 pub(super) fn token(path: Option<&Path>) -> Result<Option<Token>, Failure> {
     let Some(path) = path else { return Ok(None) };
     let mut bytes = read(path)?;
-    for end in [b'\n', b'\r'] {
-        bytes.pop_if(|last| *last == end);
+    while bytes.pop_if(|last| matches!(last, b'\n' | b'\r')).is_some() {}
+    if bytes.trim_ascii().is_empty() {
+        // One of blanks is one that somebody forgot to write.
+        bytes.clear();
     }
     let token = Token::new(bytes).with_context(|| path.display().to_string());
     Ok(Some(token.map_err(Failure::Input)?))
@@ -77,4 +79,43 @@ pub(super) fn is_local(at: &SocketAddr) -> bool {
 fn read(path: &Path) -> Result<Vec<u8>, Failure> {
     let read = std::fs::read(path).with_context(|| format!("cannot read {}", path.display()));
     read.map_err(Failure::Input)
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser as _;
+
+    use super::*;
+    use crate::cli::args::{Cli, Command};
+
+    #[test]
+    fn only_who_asks_whom_it_serves_listens_where_others_reach_it() {
+        let token = ["--token-file", "t"];
+        let certificate = ["--tls-cert", "c", "--tls-key", "k"];
+        let all = [&certificate[..], &["--tls-ca", "ca"]].concat();
+        for (options, asks) in [
+            (&[][..], false),
+            (&certificate, false),
+            (&token, true),
+            (&all, true),
+            (&["--insecure"], true),
+        ] {
+            for (address, local) in [
+                ("127.0.0.1:0", true),
+                ("127.1.2.3:0", true),
+                ("[::1]:0", true),
+                ("[::ffff:127.0.0.1]:0", true),
+                ("0.0.0.0:0", false),
+                ("[::]:0", false),
+                ("10.0.0.1:0", false),
+                ("[::ffff:10.0.0.1]:0", false),
+            ] {
+                let line = [&["tablecast", "serve", "--listen", address], options].concat();
+                let Command::Serve(args) = Cli::parse_from(line).command else { unreachable!() };
+                let (at, may) = (address.parse().unwrap(), local || asks);
+                assert_eq!(check_at(&args, &at).is_ok(), may, "{address} {options:?}");
+                assert_eq!(check(&args).is_ok(), may, "{address} {options:?}");
+            }
+        }
+    }
 }

@@ -19,6 +19,7 @@ use std::time::Duration;
 
 use actix_web::dev::{Extensions, ServerHandle, Service as _};
 use actix_web::http::{ConnectionType, StatusCode, header};
+use actix_web::middleware::DefaultHeaders;
 use actix_web::web::{self, Data, Payload};
 use actix_web::{App, HttpRequest, HttpResponse, HttpServer, ResponseError, Route, guard};
 use anyhow::{Context as _, anyhow};
@@ -125,7 +126,11 @@ impl Http {
                     Ok(response)
                 }
             });
-            app.configure(routes).default_service(web::to(unknown))
+            // A page from anywhere may not have a value run as its script.
+            let headers = DefaultHeaders::new()
+                .add((header::X_CONTENT_TYPE_OPTIONS, "nosniff"))
+                .add((header::CROSS_ORIGIN_RESOURCE_POLICY, "same-origin"));
+            app.wrap(headers).configure(routes).default_service(web::to(unknown))
         };
         let server = HttpServer::new(app)
             .workers(WORKERS)

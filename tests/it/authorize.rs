@@ -50,6 +50,13 @@ impl Authority {
         self.issue_until(name, 4000)
     }
 
+    /// With so many certificates between it and this one, as far as anybody says.
+    fn issue_behind(&self, name: &str, between: usize) -> Identity {
+        let (certificate, key) = self.issue(name);
+        let rest = (0..between).map(|_| Self::new("between").pem());
+        (std::iter::once(certificate).chain(rest).collect(), key)
+    }
+
     fn issue_until(&self, name: &str, year: i32) -> Identity {
         let mut params = CertificateParams::new([name.to_owned()]).unwrap();
         params.not_after = date_time_ymd(year, 1, 1);
@@ -248,6 +255,7 @@ async fn certificates_that_do_not_fit() {
         (other.issue("127.0.0.1"), "UnknownIssuer"),
         (ca.issue_until("127.0.0.1", 2001), "certificate expired"),
         (ca.issue("127.0.0.2"), "certificate not valid for name"),
+        (ca.issue_behind("127.0.0.1", 5), "5 intermediate certificates; the limit is 4"),
     ] {
         let (server, address) =
             serve_tls(ServerConfig::default(), filled(10), &identity, None).await;
@@ -260,12 +268,14 @@ async fn certificates_that_do_not_fit() {
         (None, "CertificateRequired"),
         (Some(other.issue("edge")), "UnknownCA"),
         (Some(ca.issue_until("edge", 2001)), "CertificateExpired"),
+        (Some(ca.issue_behind("edge", 5)), "CertificateUnknown"),
     ] {
         let access = tls_access(address, &ca, identity.as_ref());
         not_connected(&client(quick(), access), why).await;
     }
     assert_eq!(server.followers().await.unwrap(), []);
-    let welcome = client(quick(), tls_access(address, &ca, Some(&ca.issue("edge"))));
+    let welcome = ca.issue_behind("edge", 4);
+    let welcome = client(quick(), tls_access(address, &ca, Some(&welcome)));
     assert_eq!(connect(&welcome).await.written, 10);
 }
 

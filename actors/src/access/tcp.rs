@@ -6,9 +6,11 @@
 
 use std::io;
 use std::net::{SocketAddr, ToSocketAddrs};
+use std::time::Duration;
 
-use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
+use futures_util::stream::FuturesUnordered;
+use futures_util::{FutureExt, StreamExt};
 use socket2::SockRef;
 use tokio::net::TcpStream;
 
@@ -23,6 +25,9 @@ const BACKLOG: i32 = 4096;
 /// reads nothing.
 #[cfg(any(target_os = "android", target_os = "linux"))]
 const UNSENT_BYTES: u32 = 256 << 10;
+
+/// How long an address is waited for before the next one of its name is tried as well.
+const STAGGER: Duration = Duration::from_millis(250);
 
 /// Where a server listens.
 #[derive(Debug)]
@@ -79,26 +84,56 @@ impl TcpListener {
             return Err(io::Error::other("the listener has no runtime"));
         };
         let (stream, peer) = loop {
-            let (stream, peer) = listener.accept().await?;
-            // Whoever has gone again by now costs no more than this.
-            if stream.take_error()?.is_none() {
-                break (stream, peer);
+            match listener.accept().await {
+                // Whoever has gone again by now costs no more than this.
+                Ok((stream, peer)) if matches!(stream.take_error(), Ok(None)) => {
+                    break (stream, peer);
+                }
+                Ok(_) => {}
+                Err(error) if is_gone(&error) => {}
+                Err(error) => return Err(error),
             }
         };
-        stream.set_nodelay(self.nodelay)?;
+        // Nor can it be set where nobody is there any more.
+        stream.set_nodelay(self.nodelay).ok();
         // A system that does not know it keeps more, and that is all.
         #[cfg(any(target_os = "android", target_os = "linux"))]
         SockRef::from(&stream).set_tcp_notsent_lowat(UNSENT_BYTES).ok();
         // Taken out of this thread's runtime, so that the thread that serves it polls it too.
         let stream = stream.into_std()?;
+        // An IPv4 address may come in the clothes of an IPv6 one.
+        let peer = SocketAddr::new(peer.ip().to_canonical(), peer.port());
         Ok(Incoming::new(peer.to_string(), move || {
             Ok(Box::new(TcpStream::from_std(stream)?) as Box<dyn Stream>)
         }))
     }
 }
 
+/// The connection that would be accepted is none any more; some systems say so.
+fn is_gone(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::ConnectionAborted | io::ErrorKind::ConnectionReset)
+}
+
+/// Connects to the first of these that answers: one after the other is asked, and the next one with every [`STAGGER`] in which
+/// nothing comes of those before it ("Happy Eyeballs", RFC 8305).
+async fn connect_any(addresses: impl IntoIterator<Item = SocketAddr>) -> io::Result<TcpStream> {
+    let mut addresses = addresses.into_iter().peekable();
+    let mut attempts = FuturesUnordered::new();
+    let mut failed = io::Error::new(io::ErrorKind::NotFound, "the name has no address");
+    loop {
+        attempts.extend(addresses.next().map(TcpStream::connect));
+        let wait = if addresses.peek().is_some() { STAGGER } else { Duration::MAX };
+        match tokio::time::timeout(wait, attempts.next()).await {
+            Ok(Some(Ok(stream))) => return Ok(stream),
+            Ok(Some(Err(error))) => failed = error,
+            Ok(None) => return Err(failed),
+            Err(_) => {}
+        }
+    }
+}
+
 impl TcpAccess {
-    /// A server at `HOST:PORT`. The name is looked up at every attempt.
+    /// A server at `HOST:PORT`. The name is looked up at every attempt; of several addresses the first that answers is taken.
     pub fn new(address: impl Into<String>) -> Self {
         Self { address: address.into(), nodelay: true }
     }
@@ -124,7 +159,7 @@ impl Access for TcpAccess {
     fn connect(&self) -> BoxFuture<'static, io::Result<Box<dyn Stream>>> {
         let Self { address, nodelay } = self.clone();
         async move {
-            let stream = TcpStream::connect(address).await?;
+            let stream = connect_any(tokio::net::lookup_host(address).await?).await?;
             stream.set_nodelay(nodelay)?;
             Ok(Box::new(stream) as Box<dyn Stream>)
         }
@@ -133,5 +168,55 @@ impl Access for TcpAccess {
 
     fn address(&self) -> String {
         self.address.clone()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Where connections are neither taken nor refused: the queue is full.
+    #[cfg(any(target_os = "android", target_os = "linux"))]
+    async fn black_hole() -> (std::net::TcpListener, Vec<TcpStream>) {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        SockRef::from(&listener).listen(0).unwrap();
+        let address = listener.local_addr().unwrap();
+        let mut queued = Vec::new();
+        while let Ok(stream) = tokio::time::timeout(STAGGER, TcpStream::connect(address)).await {
+            queued.push(stream.unwrap());
+        }
+        (listener, queued)
+    }
+
+    #[cfg(any(target_os = "android", target_os = "linux"))]
+    #[tokio::test]
+    async fn an_address_that_does_not_answer_does_not_stand_before_the_next() {
+        let (hole, _queued) = black_hole().await;
+        let open = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let [hole, open] = [&hole, &open].map(|listener| listener.local_addr().unwrap());
+        assert_eq!(connect_any([hole, open]).await.unwrap().peer_addr().unwrap(), open);
+    }
+
+    #[tokio::test]
+    async fn of_addresses_the_first_that_answers_is_taken() {
+        let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let closed = taken.local_addr().unwrap();
+        drop(taken);
+        let open = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let open = open.local_addr().unwrap();
+        assert_eq!(connect_any([closed, open]).await.unwrap().peer_addr().unwrap(), open);
+        let refused = connect_any([closed, closed]).await.unwrap_err();
+        assert_eq!(refused.kind(), io::ErrorKind::ConnectionRefused);
+        assert_eq!(connect_any([]).await.unwrap_err().kind(), io::ErrorKind::NotFound);
+    }
+
+    #[tokio::test]
+    async fn an_address_is_said_in_its_own_form() {
+        // A machine may have no IPv6.
+        let Ok(mut listener) = TcpListener::bind("[::]:0") else { return };
+        let port = listener.local_address().port();
+        let connected = TcpStream::connect(("127.0.0.1", port)).await.unwrap();
+        let incoming = listener.accept_tcp().await.unwrap();
+        assert_eq!(incoming.peer, connected.local_addr().unwrap().to_string());
     }
 }

@@ -53,8 +53,12 @@ fn delete(address: &str, path: &str) -> Answer {
 
 /// A server that answers HTTP; where it listens, and where it answers.
 fn serve_http() -> (Program, String, String) {
-    let program =
-        Program::start(["serve", "--listen", "127.0.0.1:0", "--http", "127.0.0.1:0", "--json"]);
+    serve_http_with(&[])
+}
+
+fn serve_http_with(options: &[&str]) -> (Program, String, String) {
+    let args = ["serve", "--listen", "127.0.0.1:0", "--http", "127.0.0.1:0", "--json"];
+    let program = Program::start_with(&[&args, options].concat(), &[]);
     let ready = program.expect("ready");
     let text = |field: &str| ready[field].as_str().unwrap().to_owned();
     let (listen, http) = (text("listen"), text("http"));
@@ -122,6 +126,8 @@ fn keys_of_any_bytes_are_written_read_and_deleted() {
             let answer = get(address, path);
             assert_eq!(answer.status, 200, "{path}");
             assert!(answer.head.contains("content-type: application/octet-stream"), "{answer:?}");
+            assert!(answer.head.contains("x-content-type-options: nosniff"), "{answer:?}");
+            assert!(answer.head.contains("cross-origin-resource-policy: same-origin"));
             assert_eq!(answer.body, [b"value\0\xff of ", path.as_bytes()].concat());
             let (code, stdout, _) = ask(["get", base64, "--key-base64", "--http", address], b"");
             assert_eq!((code, stdout), (Some(0), answer.body));
@@ -159,6 +165,9 @@ fn what_is_wrong_is_refused_and_says_why() {
     let answer = send(&http, "DELETE /keys/k", b"Origin: http://localhost\r\n\r\n");
     assert_eq!(answer.status, 403);
     assert!(answer.text().contains("--http-writes-from-anywhere"), "{answer:?}");
+    let (_anybody, _, http_of_anybody) = serve_http_with(&["--http-writes-from-anywhere"]);
+    let answer = send(&http_of_anybody, "DELETE /keys/k", b"Origin: http://localhost\r\n\r\n");
+    assert_eq!(answer.status, 200, "{answer:?}");
     // Nothing of it has been sent, so nothing has been read.
     let answer = send(&http, "PUT /keys/k", b"Content-Length: 8388609\r\n\r\n");
     let why = "value of 8388609 bytes is above the limit of 8388608";

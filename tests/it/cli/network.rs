@@ -25,7 +25,11 @@ fn an_address_that_others_reach_needs_a_reason() {
 fn http_that_others_reach_needs_a_reason() {
     let listen = ["serve", "--listen", "127.0.0.1:0", "--http", "0.0.0.0:0"];
     let follow = ["follow", "--connect", "127.0.0.1:1", "--http", "0.0.0.0:0"];
-    for args in [&listen[..], &follow] {
+    // A token is nothing to it.
+    let files = Files::new();
+    let token = files.write("token", "secret\n");
+    let shown = [&listen[..], &["--token-file", &token]].concat();
+    for args in [&listen[..], &follow, &shown] {
         let ended = Program::start_with(args, &[]).end();
         assert_eq!((ended.code, ended.stdout), (Some(2), vec![]));
         assert!(ended.stderr.contains("HTTP") && ended.stderr.contains("--insecure"));
@@ -41,7 +45,8 @@ fn http_that_others_reach_needs_a_reason() {
 #[test]
 fn files_that_are_not_what_they_should_be() {
     let files = Files::new();
-    let (empty, long) = (files.write("empty", "\n"), files.write("long", "s3cret!".repeat(40)));
+    let (empty, long) =
+        (files.write("empty", " \r\n\n"), files.write("long", "s3cret!".repeat(40)));
     let (absent, table) = (files.path("absent"), files.write("t", ""));
     for (option, path, why) in [
         ("--token-file", &empty, "token of 0 bytes; it must have 1 to 255"),
