@@ -126,7 +126,8 @@ impl Client {
     /// wrote reads it here, or something newer. Answers where the table stands then.
     ///
     /// # Errors
-    /// If that takes longer than `timeout`, or the follower goes over to another history.
+    /// If that takes longer than `timeout`, the follower goes over to another history, or connects to a server whose history has
+    /// gone on from before where this table stands. A follower that has no position when it connects cannot notice the latter.
     pub async fn wait_for(&self, at: Position, timeout: Duration) -> Result<Position, Error> {
         let Position { epoch, revision, .. } = at;
         Ok(self.actor.send(actors::WaitFor { epoch, revision, timeout }).await??)

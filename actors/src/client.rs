@@ -42,7 +42,7 @@ use tracing::{debug, info, warn};
 use crate::access::Access;
 use crate::budget::{Budget, Later, computed, later};
 use crate::compute::compute;
-use crate::config::ClientConfig;
+use crate::config::{ClientConfig, NEVER};
 use crate::error::{AccessError, DiffAborted, DiffError, WaitError};
 use crate::metrics;
 use crate::server::root_of;
@@ -50,7 +50,7 @@ use crate::status::{ClientStatus, DiffOutcome, DiffReport, Health};
 use backoff::Backoff;
 use middleman::{Command, ConnectionId, HEARD_BYTES, Middleman};
 
-/// Most keys that one look through the store puts right; the next one finds the others.
+/// Most keys that one look through the store puts right; then it is looked through once more.
 const SCRUBBED_KEYS: usize = 1 << 16;
 
 /// Of how many of them it is seen whether they are there behind the diff that puts them right.
@@ -324,6 +324,8 @@ struct Running {
     at: Option<Position>,
     /// The table had been changed beside the server: it still is if the diff comes to nothing.
     changed: bool,
+    /// It compares full-width hashes, and so does the next one if it comes to nothing.
+    full: bool,
     /// When it got a place at the server.
     started: Option<Instant>,
     progress: Progress,
@@ -406,6 +408,8 @@ pub struct Client {
     corrupt: u64,
     /// Keys that were changed behind this actor's back, and that the next diff puts right.
     repaired: Vec<Key>,
+    /// A look through the store found as many keys as it puts right, and another one goes on.
+    looks_again: bool,
     /// The next diff may delete what it likes.
     allowed: bool,
     /// The last diff was held, and is asked for once more.
@@ -456,6 +460,7 @@ impl Client {
             refusal: None,
             corrupt: 0,
             repaired: Vec::new(),
+            looks_again: false,
             allowed: false,
             held_before: false,
             way: None,
@@ -484,6 +489,11 @@ impl Client {
     /// Where the table stands; `None` while something may be missing, or without a connection.
     fn standing(&self) -> Option<Position> {
         self.link.as_ref().and_then(|(_, session)| session.position())
+    }
+
+    /// The table was changed beside the server, and no diff has come to its end since.
+    fn is_changed(&self) -> bool {
+        self.changed || self.running.as_ref().is_some_and(|diff| diff.changed)
     }
 
     /// It was resumed, and what it had missed is still coming.
@@ -544,12 +554,10 @@ impl Client {
                     self.held(writes, deletes, keys, ctx);
                 }
                 Output::Checkpoint(number) => {
-                    let tree = self.replica.tree().clone();
                     let work = if self.config.scrub {
-                        // Both of this moment.
-                        Work::Scrub(number, tree, self.replica.reader().snapshot())
+                        self.look(number)
                     } else {
-                        Work::Root(RootOf::Checkpoint(number), tree)
+                        Work::Root(RootOf::Checkpoint(number), self.replica.tree().clone())
                     };
                     self.compute(connection, work, ctx);
                 }
@@ -588,8 +596,9 @@ impl Client {
         metrics::connected(way);
         self.way = Some(way);
         self.emit(|| Event::Connected(at, way));
-        self.fail_waiters(at.epoch);
-        if self.followed.replace(at.epoch) != Some(at.epoch) {
+        let forked = matches!(way, Way::Ahead | Way::OtherChain);
+        self.fail_waiters(at.epoch, forked);
+        if self.followed.replace(at.epoch) != Some(at.epoch) || forked {
             // Of another history, whose revisions say nothing here.
             self.verified = None;
         }
@@ -607,6 +616,11 @@ impl Client {
                 begin(connection, work, ctx);
             }
         }
+    }
+
+    /// A look through the store: tree and entries are of this moment.
+    fn look(&self, checkpoint: u64) -> Work {
+        Work::Scrub(checkpoint, self.replica.tree().clone(), self.replica.reader().snapshot())
     }
 
     /// These keys have been changed behind this actor's back: the tree is told what is there now. That
@@ -665,10 +679,11 @@ impl Client {
             }
             return;
         };
-        let found = !keys.is_empty();
+        let found = !keys.is_empty() || std::mem::take(&mut self.looks_again);
+        self.looks_again = keys.len() >= SCRUBBED_KEYS;
         self.corrupted(keys, ctx);
         // What was not read is not verified; what was found is put right.
-        let unread = error.is_some();
+        let unread = error.is_some() || self.looks_again;
         if let Some(error) = error {
             self.refuse(error);
         }
@@ -690,7 +705,10 @@ impl Client {
                 session.handle_refused();
             }
             // What a diff compares that has begun does not know of it; and the server's root may never come.
-            if compared {
+            if self.looks_again {
+                let look = self.look(checkpoint);
+                self.compute(connection, look, ctx);
+            } else if compared {
                 self.retry_diff(true, ctx);
             } else {
                 self.want_diff(true);
@@ -790,6 +808,7 @@ impl Client {
             since: Instant::now(),
             at,
             changed: std::mem::take(&mut self.changed),
+            full,
             started: None,
             progress: Progress::default(),
             traffic: Traffic::default(),
@@ -842,6 +861,8 @@ impl Client {
             self.retries.reset();
             self.retry_full = false;
             self.retry = None;
+            // What it was for while this one ran is healed.
+            self.due = self.due.filter(|_| !self.next.is_empty());
         } else if report.equal() {
             self.retry_diff(false, ctx);
         } else {
@@ -874,8 +895,8 @@ impl Client {
         });
         if moved && !self.held_before {
             self.held_before = true;
-            self.want_diff(false);
             if let Some(running) = self.running.take() {
+                self.want_diff(running.full);
                 self.changed |= running.changed;
                 self.next.extend(running.waiting);
             }
@@ -893,8 +914,11 @@ impl Client {
         let Some(running) = self.running.take() else { return };
         self.changed |= running.changed;
         metrics::diff_aborted();
-        if matches!(why, DiffAborted::Server(_)) {
-            self.retry_diff(false, ctx);
+        match why {
+            DiffAborted::Server(_) => self.retry_diff(running.full, ctx),
+            // On the next connection.
+            DiffAborted::Disconnected if running.full => self.want_diff(true),
+            DiffAborted::Disconnected | DiffAborted::Held { .. } => {}
         }
         self.end_diff(DiffOutcome::Aborted(why), running.waiting);
     }
@@ -943,11 +967,13 @@ impl Client {
         })
     }
 
-    /// Another history began: what was waited for in the one before will not come.
-    fn fail_waiters(&mut self, now: Epoch) {
-        let other = |waiting: &mut Waiter| waiting.epoch.is_some_and(|epoch| epoch != now);
-        for Waiter { waiter, .. } in self.waiters.extract_if(.., other) {
-            waiter.send(Err(WaitError::NewEpoch(now))).ok();
+    /// Another history began, or this one goes on otherwise: what was waited for before will not come.
+    fn fail_waiters(&mut self, now: Epoch, forked: bool) {
+        let lost = |waiting: &mut Waiter| waiting.epoch.is_some_and(|epoch| forked || epoch != now);
+        for Waiter { epoch, waiter, .. } in self.waiters.extract_if(.., lost) {
+            let same = epoch == Some(now);
+            let why = if same { WaitError::Forked(now) } else { WaitError::NewEpoch(now) };
+            waiter.send(Err(why)).ok();
         }
     }
 
@@ -987,7 +1013,7 @@ impl Client {
             health,
             way: self.way,
             stream,
-            position,
+            position: position.filter(|_| !self.is_changed()),
             keys: self.replica.tree().len(),
             applied: self.applied,
             refused: self.refused,
@@ -1016,7 +1042,7 @@ impl Client {
         let Some((_, session)) = self.link.take() else { return };
         self.diff_aborted(DiffAborted::Disconnected, ctx);
         // Whoever meant it meant that server, as did what was held.
-        (self.allowed, self.held_before) = (false, false);
+        (self.allowed, self.held_before, self.trouble) = (false, false, None);
         let (before, last) = self.traffic;
         let total =
             Traffic { sent: before.sent + last.sent, received: before.received + last.received };
@@ -1043,7 +1069,7 @@ impl Client {
             return;
         };
         // The session is right about when; a little later never is too early.
-        let wait = at.saturating_sub(self.now()) + Duration::from_millis(1);
+        let wait = at.saturating_sub(self.now()).saturating_add(Duration::from_millis(1));
         self.timer = Some(later(wait, Timer::Session, ctx));
     }
 }
@@ -1106,7 +1132,7 @@ impl Actor for Client {
         });
         if let Some(every) = self.config.diff_every {
             // The first one anywhere within the period.
-            let wait = every.mul_f64(fastrand::f64());
+            let wait = every.min(NEVER).mul_f64(fastrand::f64());
             self.next_diff = Some(later(wait, Timer::Diff(every), ctx));
         }
     }
@@ -1227,8 +1253,7 @@ impl Handler<Stop> for Client {
         self.stopping = true;
         let connected = self.link.as_ref().is_some_and(|(_, session)| session.stream().is_some());
         let position = if connected { self.standing() } else { self.position };
-        let changed = self.changed || self.running.as_ref().is_some_and(|diff| diff.changed);
-        let position = position.filter(|_| !changed);
+        let position = position.filter(|_| !self.is_changed());
         if let Some((_, session)) = &mut self.link {
             session.handle_close(Reason::Stopping, "");
         }
@@ -1339,7 +1364,7 @@ impl Handler<Timer> for Client {
             Timer::Diff(every) => {
                 self.want_diff(false);
                 self.begin_diff(ctx);
-                let wait = every.mul_f64(0.5 + fastrand::f64());
+                let wait = every.min(NEVER).mul_f64(0.5 + fastrand::f64());
                 self.next_diff = Some(later(wait, Timer::Diff(every), ctx));
             }
             Timer::Middleman(last) => {

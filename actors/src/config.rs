@@ -8,6 +8,9 @@ use tablecast_protocol::{HeartbeatConfig, Limits};
 
 use crate::authorize::{AllowAll, Authorize, Token};
 
+/// No wait is longer: half a millennium. A time that far off can be said, and none beyond all of them.
+pub(crate) const NEVER: Duration = Duration::from_secs(1 << 34);
+
 /// What a server is set to. Every bound has a name here, and says what happens at it.
 #[derive(Clone, Debug)]
 pub struct ServerConfig {

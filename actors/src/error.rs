@@ -77,6 +77,10 @@ pub enum WaitError {
     /// The server has begun another history, or is another one: the revision will not come.
     #[error("the follower has gone over to history {0}")]
     NewEpoch(tablecast_protocol::Epoch),
+    /// The server has an older table of the same history than the follower had, or another one: the revision may never come, or
+    /// be another change's.
+    #[error("history {0} goes on otherwise at the server")]
+    Forked(tablecast_protocol::Epoch),
     /// The client has ended.
     #[error("the client has stopped")]
     Stopped,

@@ -114,7 +114,8 @@ pub struct ClientStatus {
     pub way: Option<Way>,
     /// Where the stream stands; `None` without a connection.
     pub stream: Option<Position>,
-    /// Where the table stands; `None` while something may be missing.
+    /// Where the table stands; `None` while something may be missing, or since it was changed beside the server until the
+    /// end of a diff.
     pub position: Option<Position>,
     /// How many keys there are.
     pub keys: usize,

@@ -116,7 +116,7 @@ pub struct Session {
     broken: Broken,
 }
 
-/// How long nothing but signs of life may come from a server that owes what comes next of the handshake, of a shortened catch-up or of
+/// How long nothing but signs of life may come from a server that owes what comes next of the handshake, of a catch-up or of
 /// a diff that runs: four times as long as a server waits in a diff that makes no progress.
 const STALL: Duration = Duration::from_secs(120);
 
@@ -963,7 +963,7 @@ impl Session {
             | State::Diff { answering: false, .. }
             | State::PostDiff { .. } => true,
             State::Relay | State::PreDiff { .. } | State::Diff { answering: true, .. } => {
-                self.check.as_ref().is_some_and(uncompared)
+                self.catching_up || self.check.as_ref().is_some_and(uncompared)
             }
             State::Closed => false,
         }

@@ -48,7 +48,8 @@ impl Heartbeat {
     /// When to call [`Heartbeat::beat`] next.
     pub(crate) fn next(&self) -> Duration {
         let HeartbeatConfig { ping_after, dead_after } = self.config;
-        self.heard + if self.asked.is_some() { dead_after } else { ping_after }
+        let wait = if self.asked.is_some() { dead_after } else { ping_after.min(dead_after) };
+        self.heard.saturating_add(wait)
     }
 
     pub(crate) fn beat(&mut self, now: Duration) -> Beat {

@@ -983,9 +983,9 @@ impl Session {
             State::Hello | State::Subscribing(_) | State::CatchUp(_) | State::Relay => {
                 Some(self.heartbeat.next())
             }
-            State::Diff(_) => {
-                Some(self.heartbeat.next().min(self.progressed.1 + self.config.diff_stall))
-            }
+            State::Diff(_) => Some(
+                self.heartbeat.next().min(self.progressed.1.saturating_add(self.config.diff_stall)),
+            ),
         }
     }
 
@@ -1029,7 +1029,7 @@ impl Session {
         let asked = |at: &Diff| matches!(at.phase, Phase::Walk { asked: true });
         let waits = matches!(&self.state, State::Diff(at) if asked(at));
         self.answer_until = match self.answer_until {
-            Some(Duration::MAX) if !waits => Some(now + self.config.diff_stall),
+            Some(Duration::MAX) if !waits => Some(now.saturating_add(self.config.diff_stall)),
             until => until.filter(|until| now < *until),
         };
     }

@@ -269,6 +269,35 @@ async fn what_is_changed_behind_the_followers_back_is_found_and_healed() {
     assert_eq!(client.status().await.unwrap().health, Health::Ready);
 }
 
+/// One look puts right 65,536 keys, and is followed by another one, before anything is said to be equal.
+#[actix_rt::test]
+async fn however_much_is_changed_behind_its_back_is_found_at_once() {
+    const KEYS: usize = 150_000;
+    // Once, and not a second time.
+    let every = Some(std::time::Duration::from_secs(2));
+    let config = ServerConfig { verify_every: every, ..ServerConfig::default() };
+    let (server, address) = serve(config, filled(KEYS)).await;
+    let mut store = MemoryStore::new();
+    let client = follower(address, store.clone());
+    assert!(connect(&client).await.equal());
+    let mut events = client.events().await.unwrap();
+    let lost: Vec<_> = (0..KEYS - 10).map(|n| Change::delete(key(n))).collect();
+    store.apply(&lost).unwrap();
+    let mut found = 0;
+    while found < lost.len() {
+        found += event(&mut events, |event| match event {
+            Event::Corrupt { keys, .. } => Some(*keys),
+            Event::Diff(diff) => panic!("{diff:?} after {found} keys"),
+            _ => None,
+        })
+        .await;
+        assert_eq!(client.status().await.unwrap().position, None);
+    }
+    let healed = report(&mut events).await;
+    assert!(healed.equal() && healed.written == lost.len() as u64, "{healed:?}");
+    assert_converges(&server, &client).await;
+}
+
 /// A store that says that it has written everything, and loses one key.
 #[derive(Clone, Default)]
 struct Leaky(MemoryStore, Arc<AtomicBool>);

@@ -9,8 +9,9 @@ use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
 use tablecast::access::{Access, Stream, tcp::TcpAccess};
 use tablecast::{
-    Chain, Change, Client, ClientConfig, Epoch, Error, Hash, HeartbeatConfig, Limits, MemoryStore,
-    Reader, Revision, Server, ServerConfig, SessionConfig, Store, StoreError, WaitError, Way,
+    Chain, Change, Client, ClientConfig, Epoch, Error, Event, Hash, HeartbeatConfig, Limits,
+    MemoryStore, Reader, Revision, Server, ServerConfig, SessionConfig, Store, StoreError,
+    WaitError, Way,
 };
 use tablecast_actors::protocol::wire::{self, Changes};
 use tablecast_actors::protocol::{DiffId, Digest, Position, ToClient, ToServer};
@@ -128,15 +129,80 @@ async fn the_diff_behind_a_mismatch_is_at_full_width_whatever_else_was_due() {
     let root = Hash::from_bytes([9; Hash::BYTES]);
     put(&mut stream, &ToClient::Verify { revision, root }).await;
     // A refused change may have asked for one before the verdict was there.
-    loop {
-        match get(&mut stream).await {
-            ToServer::SyncReq { full: true, .. } => return,
-            ToServer::SyncReq { diff, .. } => {
-                let reason = tablecast_actors::protocol::AbortReason::Busy;
-                put(&mut stream, &ToClient::SyncAbort { diff, reason }).await;
-            }
-            _ => {}
+    let mut abort = async || loop {
+        if let ToServer::SyncReq { diff, full, .. } = get(&mut stream).await {
+            let reason = tablecast_actors::protocol::AbortReason::Busy;
+            put(&mut stream, &ToClient::SyncAbort { diff, reason }).await;
+            return full;
         }
+    };
+    while !abort().await {}
+    // One that came to nothing has found nothing.
+    assert!(abort().await && abort().await);
+}
+
+#[actix_rt::test]
+async fn a_store_that_is_found_to_be_wrong_has_no_position_whatever_the_server_says() {
+    let mut store = MemoryStore::new();
+    let (client, mut stream) = by_hand(store.clone(), 0).await;
+    let mut events = client.events().await.unwrap();
+    let (diff, root, _) = sync_req(&mut stream).await;
+    put(&mut stream, &ToClient::SyncStart { diff }).await;
+    put(&mut stream, &ToClient::SyncSeq { diff, writes: 0, deletes: 0 }).await;
+    put(&mut stream, &done(diff, 0)).await;
+    put(&mut stream, &ToClient::Verify { revision: Revision(0), root }).await;
+    assert!(report(&mut events).await.equal());
+    assert!(matches!(get(&mut stream).await, ToServer::Verified { .. }));
+    store.apply(&[Change::write("k", "v")]).unwrap();
+    put(&mut stream, &ToClient::Mark { revision: Revision(0) }).await;
+    // The server's root does not come.
+    event(&mut events, |event| matches!(event, Event::Corrupt { .. }).then_some(())).await;
+    assert_eq!(client.status().await.unwrap().position, None);
+    let (_, found, full) = sync_req(&mut stream).await;
+    assert!(found != root && full);
+}
+
+#[actix_rt::test]
+async fn whoever_changes_a_follower_itself_has_no_position_until_a_diff() {
+    let (_server, address) = serve(ServerConfig::default(), filled(10)).await;
+    let client = follower(address, MemoryStore::new());
+    assert!(connect(&client).await.equal());
+    assert!(client.status().await.unwrap().position.is_some());
+    client.write("k", "v").await.unwrap();
+    assert_eq!(client.status().await.unwrap().position, None);
+    client.diff().await.unwrap();
+    assert!(client.status().await.unwrap().position.is_some());
+}
+
+#[actix_rt::test]
+async fn settings_at_their_ends_are_no_panic() {
+    for long in [Duration::MAX, Duration::MAX / 2] {
+        let heartbeat = HeartbeatConfig { ping_after: long, dead_after: long };
+        let session = SessionConfig { diff_stall: long, heartbeat, ..SessionConfig::default() };
+        let config = ServerConfig {
+            session,
+            diff_turn: long,
+            diff_rest: long,
+            handshake_timeout: long,
+            stranger_pause: Duration::ZERO,
+            stall_timeout: long,
+            verify_every: Some(long),
+            ..ServerConfig::default()
+        };
+        let (server, address) = serve(config, filled(10)).await;
+        let access = TcpAccess::new(address.to_string());
+        let config = ClientConfig {
+            heartbeat,
+            diff_every: Some(long),
+            inbox_bytes: 0,
+            connect_timeout: long,
+            ..quick()
+        };
+        let client = Client::start(config, MemoryStore::new(), access).unwrap();
+        assert!(connect(&client).await.equal());
+        server.write("k", "v").await.unwrap();
+        client.diff().await.unwrap();
+        assert_converges(&server, &client).await;
     }
 }
 

@@ -1,6 +1,8 @@
 //! Connections end; nothing is lost by that.
 
-use tablecast::{Event, Key, MemoryStore, Server, ServerConfig, Value, Way};
+use tablecast::{
+    Error, Event, Key, MemoryStore, Position, Revision, Server, ServerConfig, Value, WaitError, Way,
+};
 use tokio::sync::broadcast::Receiver;
 
 use crate::harness::{
@@ -186,8 +188,13 @@ async fn a_server_that_continues_its_history_resumes_and_a_restored_one_does_not
     within(server.stop()).await;
 
     // An older copy, which does not know what it lost: first nothing more, then something else.
-    let server = again(older.clone(), early).await;
+    let later = Position { revision: Revision(late.revision.0 + 1), ..late };
+    let waits = client.wait_for(later, crate::harness::LONG);
+    let (server, waited) = futures_util::future::join(again(older.clone(), early), waits).await;
     assert_eq!(way(&mut events).await, Way::Ahead);
+    // What it waited for would have been another change.
+    let forked = WaitError::Forked(late.epoch);
+    assert!(matches!(waited, Err(Error::Wait(why)) if why == forked), "{waited:?}");
     let found = report(&mut events).await;
     assert!(found.equal() && found.written == 1, "{found:?}");
     let lost = server.write(key(3), "three").await.unwrap().position().unwrap();

@@ -91,6 +91,11 @@ struct Link {
 }
 
 impl Link {
+    /// A server that asks and does not read is not read from either.
+    fn is_unread(&self, config: &ClientConfig) -> bool {
+        self.framed.queued() > config.inbox_bytes.saturating_add(config.limits.answer_bytes)
+    }
+
     /// Tells the Client that the server is alive: not, if it has something of this connection to work off,
     /// which says so too when it comes to it.
     fn heard(&mut self, heard: Heard, client: &Addr<Client>) {
@@ -216,10 +221,9 @@ impl Middleman {
         let Some(link) = &mut self.link else { return Ok(false) };
         let before = link.framed.received;
         for _ in 0..TURNS {
-            let ClientConfig { inbox_bytes, limits, .. } = &*self.config;
-            // A server that asks and does not read is not read from either.
-            let unread = link.framed.queued() > inbox_bytes + limits.answer_bytes;
-            let full = link.waiting >= *inbox_bytes || unread;
+            // One message at the least, however few bytes may wait.
+            let full =
+                link.waiting >= self.config.inbox_bytes.max(1) || link.is_unread(&self.config);
             if link.closing || link.malformed || full {
                 if full {
                     link.paused.get_or_insert_with(Instant::now);
@@ -286,8 +290,13 @@ impl Middleman {
             cx.waker().wake_by_ref();
         }
         let Some(link) = &mut self.link else { return Ok(()) };
+        let unread = link.is_unread(&self.config);
         if let Poll::Ready(result) = link.framed.poll_flush(cx) {
             result?;
+            if unread {
+                // What was not read because of that can be, and nothing else says so.
+                cx.waker().wake_by_ref();
+            }
             if link.closing && link.framed.poll_shutdown(cx).is_ready() {
                 return Err(AccessError::Closed);
             }

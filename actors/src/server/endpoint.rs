@@ -15,7 +15,7 @@ use tracing::{debug, info, warn};
 use super::middleman::{Middleman, Shared, Stranger};
 use super::{Await, Server};
 use crate::access::{Incoming, Listener};
-use crate::config::ServerConfig;
+use crate::config::{NEVER, ServerConfig};
 
 /// How long the listener waits after an accept that failed: out of files, most of all.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
@@ -167,7 +167,7 @@ impl Endpoint {
                     let Ok(place) = Arc::clone(&self.strangers).acquire_owned().await else {
                         return;
                     };
-                    let until = Instant::now() + self.shared.config.handshake_timeout;
+                    let until = Instant::now() + self.shared.config.handshake_timeout.min(NEVER);
                     let ended = Arc::clone(&self.ended);
                     self.serve(incoming, Place { place: Some(place), ended, until });
                 }

@@ -342,7 +342,7 @@ impl Middleman {
         }
         if let Some(at) = self.session.poll_timeout() {
             // The session is right about when; a little later never is too early.
-            let wait = at.saturating_sub(self.now()) + Duration::from_millis(1);
+            let wait = at.saturating_sub(self.now()).saturating_add(Duration::from_millis(1));
             let wait = wait.min(self.shared.config.stall_timeout);
             self.timer = Some(ctx.run_later(wait, |middleman, ctx| {
                 middleman.timer = None;

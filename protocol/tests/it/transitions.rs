@@ -1954,7 +1954,7 @@ fn the_client_closes_when_what_comes_next_does_not_come() {
                     session.handle_timeout(now);
                 });
             }
-            let free = ["resumed", "relay", "preparing", "waiting", "answering", "verified"];
+            let free = ["relay", "preparing", "waiting", "answering", "verified"];
             let open = part || free.contains(&stage);
             assert_eq!(end.session.state() != "Closed", open, "{stage}");
             if let [.., Output::Close(Close::Here { reason, text })] = &end.outputs[..] {
