@@ -10,7 +10,7 @@ use std::sync::atomic::Ordering;
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
-use anyhow::Context;
+use anyhow::{Context, ensure};
 use clap::ValueEnum as _;
 use serde_json::Value;
 use tablecast_actors::ServerConfig;
@@ -33,8 +33,11 @@ const IN_FLIGHT_BYTES: u64 = 256 << 10;
 /// The log is full then, and caches and buffers are warm.
 const WARM: Duration = Duration::from_secs(6);
 
-/// How long as many empty followers as a server repairs at once have themselves repaired before anything is measured.
+/// How long as many empty followers as a server repairs at once have themselves repaired, over and over, before anything is measured.
 const REPAIRED: Duration = Duration::from_secs(2);
+
+/// How often memory is looked at.
+const LOOK: Duration = Duration::from_millis(50);
 
 /// What is not measured at the beginning of a turn.
 const CHANGE: Duration = Duration::from_millis(500);
@@ -44,8 +47,8 @@ const HOSTILE: usize = 2;
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
-    /// Connections that mean harm, of all kinds together.
-    #[arg(long, default_value_t = 100, value_parser = clap::value_parser!(u64).range(1..=5000))]
+    /// Connections that mean harm, of all kinds together. More than that are not let in at once.
+    #[arg(long, default_value_t = 100, value_parser = clap::value_parser!(u64).range(1..=1000))]
     connections: u64,
     /// Only those of one kind.
     #[arg(long)]
@@ -107,6 +110,7 @@ impl Drop for Hostile {
 struct Figures {
     delivered_per_s: Vec<f64>,
     server_cpu: Vec<f64>,
+    /// The most, with some looks a second.
     rss_bytes: Vec<u64>,
     connect_ms: Vec<f64>,
     /// Of the other side.
@@ -134,17 +138,17 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<Report> {
                 let load_cpu = || load.map_or(Ok(0.0), Hostile::cpu_s);
                 let cpu = (process::cpu_s(&pid)?, load_cpu()?);
                 let (start, before) = (Instant::now(), shared.delivered.load(Ordering::Relaxed));
-                std::thread::sleep(half / 2);
+                let first = most_memory(&pid, half / 2)?;
                 let connect = connect_time(address, half / 2)?;
                 figures.connect_ms.push(connect.as_secs_f64() * 1e3);
-                std::thread::sleep((half / 2).saturating_sub(connect));
+                let second = most_memory(&pid, (half / 2).saturating_sub(connect))?;
                 let delivered = shared.delivered.load(Ordering::Relaxed) - before;
                 let took = start.elapsed().as_secs_f64();
                 shared.phase.store(0, Ordering::Relaxed);
                 figures.delivered_per_s.push((delivered * args.followers) as f64 / took);
                 figures.server_cpu.push((process::cpu_s(&pid)? - cpu.0) / took);
                 figures.load_cpu.push((load_cpu()? - cpu.1) / took);
-                figures.rss_bytes.push(process::rss_bytes(&pid)?);
+                figures.rss_bytes.push(first.max(second));
                 anyhow::Ok(())
             };
             std::thread::sleep(WARM);
@@ -166,9 +170,12 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<Report> {
             Ok(writes) => writes,
             Err(error) => return Err(readers.because(error)),
         };
+        ensure!(measuring.is_finished(), "the writer had done before all was measured");
         let measured = measuring.join().map_err(|_| anyhow::anyhow!("a thread panicked"))?;
         let seen = finish(&mut own, readers, writes)?;
         let (quiet, hostile, diffs_bytes, done) = measured?;
+        let idle = quiet.delivered_per_s.iter().any(|delivered| *delivered <= 0.0);
+        ensure!(!idle, "nothing was delivered in a quiet half");
         let ms = |phase, percent| rounded(seen.percentile(phase, percent) / 1e3);
         Ok(report(args, &quiet, &hostile)
             .with("quiet_p50_ms", ms(QUIET, 50))
@@ -178,6 +185,17 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<Report> {
             .with("diffs_bytes", diffs_bytes)
             .with("done_in_last_turn", done))
     })
+}
+
+/// The most resident memory in so long a time.
+fn most_memory(pid: &str, time: Duration) -> anyhow::Result<u64> {
+    let start = Instant::now();
+    let mut most = process::rss_bytes(pid)?;
+    while start.elapsed() < time {
+        std::thread::sleep(LOOK.min(time.saturating_sub(start.elapsed())));
+        most = most.max(process::rss_bytes(pid)?);
+    }
+    Ok(most)
 }
 
 /// How long a newcomer waits for its Welcome; nobody waits for it longer than this.
@@ -192,7 +210,7 @@ fn connect_time(address: SocketAddr, most: Duration) -> anyhow::Result<Duration>
     }
 }
 
-/// As many honest newcomers are repaired as the server repairs at once: what memory that takes is not what those
+/// As many empty followers are repaired, over and over, as the server repairs at once: what memory that leaves is not what those
 /// cost who mean harm.
 fn repair(address: SocketAddr, pid: &str) -> anyhow::Result<u64> {
     let before = process::rss_bytes(pid)?;

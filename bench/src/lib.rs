@@ -5,6 +5,7 @@
 use std::cmp::Ordering;
 use std::collections::HashSet;
 use std::net::SocketAddr;
+use std::ops::{Add, Div};
 use std::time::Duration;
 
 use anyhow::Context;
@@ -136,10 +137,20 @@ pub async fn disturb(
     Ok(())
 }
 
-/// The one in the middle; 0 of nothing.
-pub fn median<T: Copy + Default + PartialOrd>(mut figures: Vec<T>) -> T {
+/// The one in the middle, or the mean of the two there; 0 of nothing.
+pub fn median<T>(mut figures: Vec<T>) -> T
+where
+    T: Copy + Default + PartialOrd + From<u8> + Add<Output = T> + Div<Output = T>,
+{
     figures.sort_by(|a, b| a.partial_cmp(b).unwrap_or(Ordering::Equal));
-    figures.get(figures.len() / 2).copied().unwrap_or_default()
+    let upper = figures.get(figures.len() / 2).copied().unwrap_or_default();
+    match figures.len().checked_sub(2) {
+        Some(rest) if rest.is_multiple_of(2) => {
+            let lower = figures.get(rest / 2).copied().unwrap_or_default();
+            (lower + upper) / T::from(2)
+        }
+        _ => upper,
+    }
 }
 
 /// The one that so many percent of the others are below; `None` of nothing. They must be in order.
@@ -166,6 +177,8 @@ mod tests {
     fn no_more_than_there_are() {
         assert_eq!(differences(&keys(2), 9, 8, 0).len(), 9);
         assert_eq!(differences(&[], 0, 8, 0).len(), 0);
-        assert_eq!((median(vec![3, 1, 2]), median::<u64>(Vec::new())), (2, 0));
+        assert_eq!((median(vec![3_u64, 1, 2]), median::<u64>(Vec::new())), (2, 0));
+        assert_eq!((median(vec![7_u64]), median(vec![9.0, 1.0, 4.0, 2.0])), (7, 3.0));
+        assert_eq!(median(vec![2_u64, 4]), 3);
     }
 }

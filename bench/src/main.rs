@@ -75,7 +75,16 @@ enum Question {
 }
 
 fn main() -> anyhow::Result<()> {
-    match Cli::parse().question {
+    let question = Cli::parse().question;
+    // An actor that panics harms nobody else, and what is measured then is something else; runs of `simulate` catch theirs.
+    if !matches!(question, Question::Simulate(_)) {
+        let say = std::panic::take_hook();
+        std::panic::set_hook(Box::new(move |panic| {
+            say(panic);
+            std::process::abort();
+        }));
+    }
+    match question {
         Question::Tree(args) => tree::run(&args)?.print(args.json),
         Question::Diff(args) => block_on(diff::run(&args))?.print(args.json),
         Question::Stream(args) => stream::run(&args)?.print(args.json),

@@ -18,6 +18,7 @@ use anyhow::{Context, bail, ensure};
 use rustix::process::{Pid, Signal, kill_process};
 use serde::Serialize;
 use tablecast::{Change, Key, MemoryStore, Position, Reader, Revision, StoreError, Value};
+use tablecast_protocol::Reason;
 use tempfile::TempDir;
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader, Lines};
 use tokio::process::{Child, ChildStdin, ChildStdout, Command};
@@ -251,6 +252,9 @@ impl Follower {
     }
 }
 
+/// An end says that the other one has broken the protocol: all of them are honest.
+const BROKEN: &str = "broken: ";
+
 /// What happened, by its name.
 type Totals = BTreeMap<String, u64>;
 
@@ -271,7 +275,10 @@ async fn hear(
                 continue;
             }
             Told::Connected(way) => (format!("way {way:?}"), 1),
-            Told::Disconnected => ("disconnected".to_owned(), 1),
+            Told::Disconnected(why) if why.contains(&Reason::Protocol.to_string()) => {
+                (format!("{BROKEN}{why}"), 1)
+            }
+            Told::Disconnected(_) => ("disconnected".to_owned(), 1),
             Told::FellBehind => ("fell behind".to_owned(), 1),
             Told::Diverged => ("roots differed".to_owned(), 1),
             Told::Held => ("held repairs".to_owned(), 1),
@@ -321,6 +328,9 @@ pub(crate) async fn run(args: &Args) -> anyhow::Result<Report> {
         soak.disturb_until(end.min(Instant::now() + ROUND)).await?;
         soak.settle().await.with_context(|| format!("{:?}, {:?}", soak.done, soak.seen))?;
         rounds += 1;
+        let seen = soak.seen.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let broken: Vec<_> = seen.keys().filter(|what| what.starts_with(BROKEN)).collect();
+        ensure!(broken.is_empty(), "{broken:?}");
         if !args.json {
             let (time, writes) = (begun.elapsed().as_secs(), soak.writes);
             eprintln!("{time} s: all equal, {writes} writes, {:?}", soak.done);

@@ -184,6 +184,11 @@ impl Log {
         self.marks.remove(&(follower, diff));
     }
 
+    /// How many marks there are: one for each diff that is at its end.
+    pub fn marks(&self) -> usize {
+        self.marks.len()
+    }
+
     /// Sets a checkpoint at the head, in place of the last one; its number.
     pub fn set_checkpoint(&mut self) -> u64 {
         let number = self.checkpoint.map_or(1, |last| last.number + 1);

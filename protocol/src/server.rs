@@ -296,8 +296,6 @@ struct Repair {
     ready: Option<Values>,
     /// Bytes of live changes that went on the wire before it might.
     held_bytes: usize,
-    /// The head when the last repair ended: live changes up to here go first.
-    turn: Revision,
     /// How many keys were sent.
     sent: u64,
     failed: BTreeSet<KeyHash>,
@@ -834,7 +832,7 @@ impl Session {
     pub fn handle_step(&mut self, diff: DiffId, step: Step) {
         let ends = self.broken.breaks(Mutation::RecordingEndsWithWalk);
         let hold = !self.broken.breaks(Mutation::HeldRepairsSent);
-        let (turn, most_bytes) = (self.sent(), self.repair_bytes());
+        let most_bytes = self.repair_bytes();
         let Some(at) = self.diff(diff) else { return };
         let diff = at.id;
         let Phase::Walk { asked } = &mut at.phase else { return };
@@ -843,6 +841,7 @@ impl Session {
                 *asked = true;
                 at.served.rounds += 1;
                 self.answer_until = Some(Duration::MAX);
+                self.progress += 1;
                 self.control.push_back(ToClient::SyncRequest { diff, query });
             }
             Step::Done(Found { first: found, writes, rest }) => {
@@ -861,10 +860,10 @@ impl Session {
                     most_bytes,
                     ready: None,
                     held_bytes: 0,
-                    turn,
                     sent: 0,
                     failed: BTreeSet::new(),
                 });
+                self.progress += 1;
                 self.control.push_back(ToClient::SyncSeq { diff, writes, deletes });
                 if held {
                     self.abort(diff, AbortReason::Held);
@@ -1108,7 +1107,7 @@ impl Session {
                 self.end_at_mark(log);
                 self.end_of_missed();
                 self.pass_checkpoint(log);
-                self.repair(log);
+                self.repair();
             }
             if self.control.is_empty()
                 && let Next::Chunk(chunk) = next
@@ -1274,7 +1273,7 @@ impl Session {
     }
 
     /// Rules 3, 4 and 5: sends the repairs that were read, if the stream has come far enough.
-    fn repair(&mut self, log: &Log) {
+    fn repair(&mut self) {
         let hold = !self.broken.breaks(Mutation::NoHold);
         let late = !self.broken.breaks(Mutation::NoSuppression)
             && !self.broken.breaks(Mutation::SuppressAtReading);
@@ -1283,16 +1282,13 @@ impl Session {
             || self.broken.breaks(Mutation::NoWindow);
         let State::Diff(at) = &mut self.state else { return };
         let Phase::Repair(repair) = &mut at.phase else { return };
-        let due = |values: &mut Values| {
-            !hold || self.cursor > values.revision && self.cursor > repair.turn
-        };
+        let due = |values: &mut Values| !hold || self.cursor > values.revision;
         let Some(mut values) = repair.ready.take_if(|values| window && due(values)) else { return };
 
         if late {
             at.updated.suppress(&mut values, deletes);
         }
         repair.sent += (values.writes.len() + values.deletes.len()) as u64;
-        repair.turn = log.head();
         self.progress += 1;
         let diff = at.id;
         if !values.writes.is_empty() || !values.deletes.is_empty() {

@@ -66,7 +66,8 @@ pub(super) enum Order {
 #[derive(Debug, Serialize, Deserialize)]
 pub(super) enum Told {
     Connected(Way),
-    Disconnected,
+    /// And why.
+    Disconnected(String),
     FellBehind,
     Diverged,
     Held,
@@ -259,7 +260,7 @@ async fn tell(client: Client) -> anyhow::Result<()> {
         let told = match events.recv().await {
             Ok(Event::Connected(_, way)) => Told::Connected(way),
             Ok(Event::Change { .. } | Event::Progress(_)) => continue,
-            Ok(Event::Disconnected(_)) => Told::Disconnected,
+            Ok(Event::Disconnected(why)) => Told::Disconnected(why),
             Ok(Event::FellBehind(_)) => Told::FellBehind,
             Ok(Event::Diverged { .. }) => Told::Diverged,
             Ok(Event::Held { .. }) => {

@@ -49,6 +49,7 @@ impl Follower {
             retry: None,
             works: Works::default(),
             at_mark: 0,
+            hidden_at_mark: 0,
             at_checkpoint: 0,
         }
     }
@@ -336,6 +337,7 @@ impl World<'_> {
                     let tree = hashed(follower.replica.tree());
                     follower.works.add(link.id, Work::Root(RootOf::Mark(revision), tree));
                     follower.at_mark = follower.wrong | follower.hidden;
+                    follower.hidden_at_mark = follower.hidden;
                     let excused = follower.excused | follower.refused | self.ever_flipped;
                     let wrong = follower.wrong & !excused;
                     let index = link.follower;
@@ -378,6 +380,10 @@ impl World<'_> {
                         format!(
                             "follower {index} is right at the end of a diff, and told it is not"
                         )
+                    })?;
+                    let known = wrong & !follower.hidden_at_mark;
+                    check(!equal || known == 0 || link.tainted, || {
+                        format!("follower {index} has an equal root after a diff: {known:b} differ")
                     })?;
                     let position = client.session.position();
                     check(equal || position.is_none(), || {
@@ -434,7 +440,8 @@ impl World<'_> {
         }
         self.note(|| format!("{id}: the follower closes: {close}"));
         let (Close::Peer { reason, .. } | Close::Here { reason, .. }) = close;
-        let hangs = self.quiet && there && *reason == Reason::Silent;
+        let here = matches!(close, Close::Here { reason: Reason::Silent, .. });
+        let hangs = self.quiet && there && here;
         check(tainted || *reason != Reason::Protocol && !hangs, || {
             format!("the follower closes connection {id}: {close}")
         })
@@ -602,10 +609,10 @@ impl World<'_> {
     }
 
     /// The follower's process ends, and another one takes its place.
-    pub(crate) fn restart_follower(&mut self, index: usize, fault: Fault) -> bool {
+    pub(crate) fn restart_follower(&mut self, index: usize, fault: Fault) -> Result<bool, String> {
         let saved = self.followers[index].saved;
         if saved.is_none() && matches!(fault, Fault::FollowerRestored | Fault::StalePosition) {
-            return false;
+            return Ok(false);
         }
         let at = self.followers[index].link.and_then(|id| self.place(id));
         if let Some(at) = at {
@@ -614,9 +621,7 @@ impl World<'_> {
             {
                 client.session.handle_close(Reason::Stopping, "");
                 // Says farewell, and is unlinked with its position.
-                if self.drain_client(at).is_err() {
-                    return false;
-                }
+                self.drain_client(at)?;
             } else {
                 self.drop_client(at, true);
             }
@@ -641,7 +646,7 @@ impl World<'_> {
             follower.seen = [0; KEYS];
         }
         follower.reopen();
-        true
+        Ok(true)
     }
 
     /// Keys that a follower's store refuses, a bit each.

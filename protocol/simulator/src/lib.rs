@@ -213,6 +213,8 @@ impl Totals {
 pub struct Failure {
     /// Which run.
     pub seed: u64,
+    /// Of how many deliveries it was to be.
+    pub deliveries: u64,
     /// What did not hold.
     pub why: String,
     /// What had been done, if that was asked for.
@@ -221,9 +223,10 @@ pub struct Failure {
 
 impl fmt::Display for Failure {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { seed, why, .. } = self;
+        let Self { seed, deliveries, why, .. } = self;
         writeln!(f, "seed {seed}: {why}")?;
-        write!(f, "cargo run --release -p tablecast-bench -- simulate --seed {seed}")
+        let command = "cargo run --release -p tablecast-bench -- simulate";
+        write!(f, "{command} --seed {seed} --deliveries {deliveries}")
     }
 }
 
@@ -286,6 +289,7 @@ impl Run {
         world.totals.steps += world.steps;
         let panicked = |_| Err("a panic: see above".to_owned());
         let trace = world.trace.take().unwrap_or_default();
-        ran.unwrap_or_else(panicked).map_err(|why| Failure { seed: self.seed, why, trace })
+        let Self { seed, deliveries, .. } = self;
+        ran.unwrap_or_else(panicked).map_err(|why| Failure { seed, deliveries, why, trace })
     }
 }

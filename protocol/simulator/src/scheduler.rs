@@ -190,6 +190,7 @@ impl World<'_> {
                 if self.rng.u8(..4) == 0 {
                     let late = self.rng.bool();
                     self.restart(fault, late);
+                    self.fault(fault);
                 }
             }
             Fault::ServerStopped => return self.stop_server(),
@@ -197,7 +198,7 @@ impl World<'_> {
             | Fault::FollowerRestarted
             | Fault::FollowerRestored
             | Fault::StalePosition => {
-                if self.restart_follower(index, fault) {
+                if self.restart_follower(index, fault)? {
                     self.fault(fault);
                 }
             }
@@ -304,15 +305,17 @@ impl World<'_> {
     fn fail(&mut self) -> Checked {
         let Some(at) = self.connections.len().checked_sub(1) else { return Ok(()) };
         let at = self.rng.usize(..=at);
-        self.fault(Fault::Failed);
+        let first = self.rng.bool();
         let link = &mut self.connections[at];
         match (&mut link.server, &mut link.client) {
-            (Some(server), _) if self.rng.bool() => {
+            (Some(server), _) if first && server.session.state() != "Closed" => {
                 server.session.handle_close(Reason::Failed, "");
+                self.fault(Fault::Failed);
                 self.drain_server(at)
             }
-            (_, Some(client)) => {
+            (_, Some(client)) if client.session.state() != "Closed" => {
                 client.session.handle_close(Reason::Failed, "");
+                self.fault(Fault::Failed);
                 self.drain_client(at)
             }
             _ => Ok(()),
@@ -352,12 +355,16 @@ impl World<'_> {
             Fault::DelayedAcks => kind::TO_SERVER,
             _ => u8::MAX,
         };
+        let mut waits = fault == Fault::SlowReader;
         for (other, link) in self.connections.iter_mut().enumerate() {
             if (other == at) != (fault == Fault::Reordered) {
                 (link.held, link.held_until) = (kinds, until);
+                waits |= link.ready & kinds != 0;
             }
         }
-        self.fault(fault);
+        if waits {
+            self.fault(fault);
+        }
     }
 
     fn refuse_keys(&mut self, index: usize, fault: Fault, keys: u64) {
@@ -511,6 +518,8 @@ impl World<'_> {
         check(self.table.tree().root() == root, || {
             "in the end the server's tree is not that of its store".to_owned()
         })?;
+        let marks = self.log.marks();
+        check(marks == 0, || format!("in the end there are {marks} marks of no diff"))?;
         let position = self.table.position();
         for (index, follower) in self.followers.iter().enumerate() {
             let found = Self::contents(&follower.store);

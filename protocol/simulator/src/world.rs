@@ -13,8 +13,8 @@ use tablecast_protocol::server::{self, Event, Reply, SessionConfig, Transmit};
 use tablecast_protocol::wire::Changes;
 use tablecast_protocol::{
     AbortReason, Chain, Change, DiffId, Epoch, FollowerId, Hash, HeartbeatConfig, Limits, Log,
-    Missed, Position, Reason, Replica, Revision, Shortened, Store, Table, ToClient, ToServer, Tree,
-    Way,
+    Missed, Position, Reason, Replica, Revision, SMALL_FRAME_BYTES, Shortened, Store, Table,
+    ToClient, ToServer, Tree, Way,
 };
 
 use crate::choices::Choices;
@@ -126,8 +126,9 @@ pub(crate) struct Follower {
     /// Its store refuses something until this step.
     pub(crate) refuses_until: u64,
     pub(crate) works: Works,
-    /// What was wrong at the last mark of a diff, and at the last one from time to time.
+    /// What was wrong at the last mark of a diff, of which the tree does not know, and at the last one from time to time.
     pub(crate) at_mark: u64,
+    pub(crate) hidden_at_mark: u64,
     pub(crate) at_checkpoint: u64,
 }
 
@@ -162,6 +163,8 @@ pub(crate) struct ServerEnd {
     pub(crate) requests: VecDeque<Event>,
     /// From the Server and the Differs to the Middleman.
     pub(crate) replies: VecDeque<Reply>,
+    /// The same, computed elsewhere: each is there when it is there.
+    computed: Vec<Reply>,
     pub(crate) differs: Vec<Differ>,
 }
 
@@ -414,7 +417,6 @@ impl<'a> World<'a> {
                 }
             }
         }
-        self.fault(fault);
         let head = self.history().head();
         if fault == Fault::ServerContinued || fault == Fault::ServerRestored {
             let back = if fault == Fault::ServerRestored { self.rng.u64(0..20) } else { 0 };
@@ -495,6 +497,7 @@ impl<'a> World<'a> {
                 unacknowledged: 0,
                 requests: VecDeque::new(),
                 replies: VecDeque::new(),
+                computed: Vec::new(),
                 differs: Vec::new(),
             }),
             client: Some(ClientEnd { session: client, updated: 0 }),
@@ -577,7 +580,7 @@ impl<'a> World<'a> {
         let link = &self.connections[at];
         let follower = &self.followers[link.follower];
         if let Some(server) = &link.server {
-            let queued = server.requests.len().max(server.replies.len());
+            let queued = server.requests.len().max(server.replies.len() + server.computed.len());
             check(queued <= MAX_QUEUE && server.differs.len() <= MAX_QUEUE, || {
                 format!("{queued} messages wait, and {} Differs", server.differs.len())
             })?;
@@ -641,8 +644,19 @@ impl<'a> World<'a> {
                 if !link.tainted {
                     self.totals.server.count(server.session.state(), message.tag());
                 }
-                if let ToServer::RepairAck { .. } = message {
-                    server.unacknowledged = server.unacknowledged.saturating_sub(1);
+                match &message {
+                    ToServer::RepairAck { .. } => {
+                        server.unacknowledged = server.unacknowledged.saturating_sub(1);
+                    }
+                    ToServer::SyncResponse { diff, .. }
+                        if *diff == server.diff && server.session.phase() == Some("Walk") =>
+                    {
+                        let most = server.session.max_frame_bytes();
+                        check(link.tainted || most > SMALL_FRAME_BYTES, || {
+                            format!("an answer of more than {most} bytes would not be read")
+                        })?;
+                    }
+                    _ => {}
                 }
                 server.session.handle_message(message, now);
             }
@@ -685,13 +699,13 @@ impl<'a> World<'a> {
                         let writes = collect(&tree, &mut rest, most);
                         Reply::Collected(diff, writes, rest)
                     };
-                    server.replies.push_back(reply);
+                    server.computed.push(reply);
                     if lost {
                         self.fault(Fault::LostDiffer);
                     }
                 }
                 Event::Root(revision, tree) => {
-                    server.replies.push_back(Reply::Root(revision, tree.root()));
+                    server.computed.push(Reply::Root(revision, tree.root()));
                 }
                 Event::EndDiff { diff, aborted, served } => {
                     let hangs = self.quiet && aborted == Some(AbortReason::Stalled);
@@ -715,7 +729,7 @@ impl<'a> World<'a> {
                         self.log.keys_from(from, chunks.min(2))
                     });
                     let shortened = missed.as_ref().map(Shortened::of);
-                    server.replies.push_back(Reply::Shortened(shortened));
+                    server.computed.push(Reply::Shortened(shortened));
                 }
                 Event::Verified { .. } => {}
                 Event::Close(close) => self.server_closes(at, &close)?,
@@ -737,6 +751,7 @@ impl<'a> World<'a> {
         if let Some(server) = &mut link.server {
             server.requests.clear();
             server.replies.clear();
+            server.computed.clear();
             server.differs.clear();
             let waits = server.session.way().is_none();
             if let server::Close::Here { reason: Reason::Silent, .. } = close {
@@ -746,7 +761,8 @@ impl<'a> World<'a> {
         self.end_diffs(|connection, _| connection == id);
         self.note(|| format!("{id}: the server closes: {close}"));
         let (server::Close::Peer { reason, .. } | server::Close::Here { reason, .. }) = close;
-        let hangs = quiet && there && *reason == Reason::Silent;
+        let here = matches!(close, server::Close::Here { reason: Reason::Silent, .. });
+        let hangs = quiet && there && here;
         check(tainted || *reason != Reason::Protocol && !hangs, || {
             format!("the server closes connection {id}: {close}")
         })
@@ -840,7 +856,13 @@ impl<'a> World<'a> {
     fn reply(&mut self, at: usize) -> Checked {
         let link = &mut self.connections[at];
         let Some(server) = &mut link.server else { return Ok(()) };
-        let Some(reply) = server.replies.pop_front() else { return Ok(()) };
+        let waiting = server.computed.len();
+        let reply = if waiting > 0 && (server.replies.is_empty() || self.rng.bool()) {
+            server.computed.swap_remove(if waiting > 1 { self.rng.usize(..waiting) } else { 0 })
+        } else {
+            let Some(reply) = server.replies.pop_front() else { return Ok(()) };
+            reply
+        };
         let session = &mut server.session;
         server.dry = false;
         let stale = matches!(&reply, Reply::Step(diff, _) if *diff != server.diff)
@@ -960,7 +982,7 @@ pub(crate) fn ready_for(link: &Connection, follower: &Follower) -> u8 {
     let mut allow = |kind: u8, when: bool| ready |= if when { kind } else { 0 };
     if let Some(server) = &link.server {
         allow(kind::SERVE, !server.requests.is_empty());
-        allow(kind::REPLY, !server.replies.is_empty());
+        allow(kind::REPLY, !server.replies.is_empty() || !server.computed.is_empty());
         allow(kind::DIFFER, server.differs.iter().any(Differ::has_work));
         allow(kind::TRANSMIT, !server.dry && link.to_client.frames.len() < link.room);
         let reads = link.to_server.is_readable() && server.session.wants_input();

@@ -1777,6 +1777,10 @@ fn a_shortened_catch_up_has_a_position_at_its_end() {
     end.message(live(revision.next(), END_CHAIN.tag()));
     assert_eq!(end.session.position().unwrap().revision, revision.next());
 
+    // Nor is it caught up where everything was sent, but in another history.
+    let mut end = client_stage("resumed");
+    let revision = end.session.stream().unwrap().revision;
+    end.message(ToClient::CaughtUp { revision, chain: END_CHAIN }).closes("another chain");
     // Nothing came behind the position after all.
     let mut end = client_stage("catching up");
     end.message(ToClient::CaughtUp { revision: START, chain: Chain::START });
@@ -2093,6 +2097,10 @@ fn the_client_closes_on_a_repair_that_should_have_been_held() {
         let mut end = announced(&follower_tree(), 0, 1, 1);
         closes_on_too_much(end.message(message), "held");
     }
+    // Nor is it done.
+    let mut end = announced(&follower_tree(), 0, 1, 1);
+    let done = to_client("SyncDone", &end);
+    end.message(done).closes("SyncDone of a diff that is held");
     // One that deletes as much as is allowed is applied.
     let mut end = announced(&follower_tree(), 1, 1, 1);
     end.message(repair(vec![], 6, &prefix_of("c")));
@@ -2353,6 +2361,61 @@ fn a_diff_goes_on_for_as_long_as_something_happens() {
         end.message(to_server("RepairAck"));
         end.events = next;
     }
+}
+
+/// Each thing that it says counts by itself, however long the server takes for the rest.
+#[test]
+fn what_a_follower_says_in_a_diff_keeps_it_alive() {
+    let table = twenty_keys();
+    let wait = |end: &mut ServerEnd, seconds| {
+        let now = Duration::from_secs(seconds);
+        end.session.handle_heard(now);
+        end.act(|session| session.handle_timeout(now));
+        assert_eq!(end.session.state(), "Diff", "after {now:?}");
+    };
+    let mut end = admitted(&table, SessionConfig::default());
+    end.act(|session| session.handle_snapshot(DIFF, table.tree().clone()));
+    for round in 0..5 {
+        end.act(|session| session.handle_step(DIFF, Step::Ask(query())));
+        wait(&mut end, 40 * round);
+        wait(&mut end, 40 * round + 20);
+        end.message(to_server("SyncResponse"));
+        wait(&mut end, 40 * round + 20);
+        wait(&mut end, 40 * round + 40);
+    }
+    let mut table = table;
+    let mut end = found_all(&table);
+    for round in 0..5 {
+        let [Event::Read { found, from, max_bytes, .. }] = &end.events[..] else { panic!() };
+        let values = table.read(found, *from, *max_bytes);
+        end.act(|session| session.handle_values(DIFF, values));
+        let next = std::mem::take(&mut end.events);
+        wait(&mut end, 40 * round);
+        wait(&mut end, 40 * round + 20);
+        end.message(to_server("RepairAck"));
+        wait(&mut end, 40 * round + 20);
+        wait(&mut end, 40 * round + 40);
+        end.events = next;
+    }
+}
+
+#[test]
+fn who_asks_and_does_not_read_is_not_read_from() {
+    let mut end = server_stage("relay");
+    for number in 1..1000 {
+        assert!(number < 100, "there is no end to what waits");
+        // As if it did not know yet of a jump: each is aborted.
+        let mut request = sync_req(DiffId(number));
+        let ToServer::SyncReq { jumps, .. } = &mut request else { unreachable!() };
+        *jumps += 1;
+        end.session.handle_message(request, NOW);
+        assert_ne!(end.session.state(), "Closed", "{number}");
+        if !end.session.wants_input() {
+            break;
+        }
+    }
+    end.act(|_| {});
+    assert!(end.session.wants_input());
 }
 
 #[test]
