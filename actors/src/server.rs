@@ -196,6 +196,8 @@ pub struct Server {
     awaiting: Vec<oneshot::Sender<Option<Position>>>,
     changes: broadcast::Sender<Applied>,
     refused: u64,
+    /// There is something in the log that the Middlemen have not been told of.
+    grown: bool,
     /// The root at the newest checkpoint is being computed.
     hashing: bool,
     /// What the log's time is counted from.
@@ -230,6 +232,7 @@ impl Server {
             awaiting: Vec::new(),
             changes: broadcast::channel(config.event_capacity.max(1)).0,
             refused: 0,
+            grown: false,
             hashing: false,
             born: Instant::now(),
             budget: Budget::default(),
@@ -249,16 +252,21 @@ impl Server {
         self.serving.clone()
     }
 
-    /// Puts what was written into the log, and wakes the Middlemen that do not know yet.
-    fn publish(&mut self) {
+    /// Puts what was written into the log. Whoever is answered behind it finds it there; the others are told by [`Publish`]: were
+    /// they woken for each part of a diff of one of them, a busy server would write less at a time for all.
+    fn append(&mut self) {
         self.table.seal();
-        let mut grown = false;
         while let Some((chunk, chain)) = self.table.next_chunk() {
             metrics::changes_written(chunk.keys.len() as u64);
             self.log.lock().push(chunk, chain, self.born.elapsed());
-            grown = true;
+            self.grown = true;
         }
-        if grown {
+    }
+
+    /// Puts what was written into the log, and wakes the Middlemen that do not know yet.
+    fn publish(&mut self) {
+        self.append();
+        if std::mem::take(&mut self.grown) {
             self.wake();
         }
     }
@@ -552,7 +560,7 @@ impl Handler<Connect> for Server {
             return;
         }
         // What was written before is in the log before the follower's place is decided.
-        self.publish();
+        self.append();
         let way = self.log.lock().way(head.epoch, position.as_ref());
         let at = position.filter(|_| way == Way::Resumed).unwrap_or(head);
         status.lock().unwrap_or_else(PoisonError::into_inner).sent = at.revision;
@@ -585,11 +593,11 @@ impl Handler<Ask> for Server {
             }
             Question::Read { found, from, max_bytes } => {
                 let values = self.table.read(&found, from, max_bytes);
-                self.publish();
+                self.append();
                 self.reply(follower, Reply::Values(diff, values));
             }
             Question::Mark => {
-                self.publish();
+                self.append();
                 let head = {
                     let mut log = self.log.lock();
                     log.mark(follower, diff);
