@@ -429,7 +429,7 @@ impl Session {
                 | State::PostDiff { .. },
                 ToClient::Farewell { reason, text },
             ) => {
-                self.outputs.push_back(Output::Close(Close::Peer { reason, text: said(&text) }));
+                self.end(Close::Peer { reason, text: said(&text) });
                 return Ok(());
             }
             (state, ToClient::Ping {}) => {
@@ -998,11 +998,17 @@ impl Session {
     }
 
     fn close(&mut self, reason: Reason, text: String) {
-        self.state = State::Closed;
         let text = clip(&text, TEXT_BYTES).to_owned();
         let farewell = ToServer::Farewell { reason, text: text.clone() };
         self.outputs.push_back(Output::Send(farewell));
-        self.outputs.push_back(Output::Close(Close::Here { reason, text }));
+        self.end(Close::Here { reason, text });
+    }
+
+    fn end(&mut self, close: Close) {
+        self.state = State::Closed;
+        // A root that is there later is compared with nothing.
+        self.check = None;
+        self.outputs.push_back(Output::Close(close));
     }
 
     // What can be asked.

@@ -624,7 +624,7 @@ impl Session {
             (state, ToServer::Pong {}) => state,
             (_, ToServer::Farewell { reason, text }) => {
                 self.control.clear();
-                self.events.push_back(Event::Close(Close::Peer { reason, text: said(&text) }));
+                self.end(Close::Peer { reason, text: said(&text) });
                 State::Closed
             }
             (State::Subscribing(_) | State::CatchUp(_), _) | (_, ToServer::Hello { .. }) => {
@@ -1068,9 +1068,6 @@ impl Session {
     }
 
     fn close(&mut self, reason: Reason, text: String) {
-        self.state = State::Closed;
-        // Nothing comes behind the last words.
-        self.mark_due = None;
         let text = clip(&text, TEXT_BYTES).to_owned();
         let said = text.clone();
         self.control.push_back(if self.way.is_some() {
@@ -1078,7 +1075,14 @@ impl Session {
         } else {
             ToClient::Refuse { reason, text: said }
         });
-        self.events.push_back(Event::Close(Close::Here { reason, text }));
+        self.end(Close::Here { reason, text });
+    }
+
+    fn end(&mut self, close: Close) {
+        self.state = State::Closed;
+        // Nothing comes behind the last words.
+        self.mark_due = None;
+        self.events.push_back(Event::Close(close));
     }
 
     // What goes out.

@@ -79,7 +79,7 @@ pub(super) async fn run(args: &Verify, output: &Output) -> Result<ExitCode, Fail
     client.ready().await?;
     let mut compared = Compared::default();
     let report = tokio::select! {
-        report = compared.diff(&mut events) => report,
+        report = compared.diff(&client, &mut events) => report,
         () = signals.recv() => Err(anyhow!("told to end before the tables were compared")),
         () = tokio::time::sleep(args.timeout) => Err(anyhow!("not compared within {:?}", args.timeout)),
     };
@@ -132,6 +132,7 @@ impl Compared {
     /// Waits for a diff.
     async fn diff(
         &mut self,
+        client: &Client,
         events: &mut broadcast::Receiver<Happened>,
     ) -> anyhow::Result<DiffReport> {
         loop {
@@ -141,7 +142,14 @@ impl Compared {
                     return Ok(report);
                 }
                 Ok(event) => self.note(event),
-                Err(RecvError::Lagged(missed)) => self.missed += missed,
+                Err(RecvError::Lagged(missed)) => {
+                    self.missed += missed;
+                    // It may have been among them.
+                    if let Some(DiffOutcome::Done(report)) = client.status().await?.last_diff {
+                        self.bar.clear();
+                        return Ok(report);
+                    }
+                }
                 Err(RecvError::Closed) => return Err(Error::Stopped.into()),
             }
         }

@@ -65,6 +65,15 @@ fn done(diff: DiffId, failed: u64) -> ToClient {
     ToClient::SyncDone { diff, revision: Revision(0), chain, suppressed: 0, failed }
 }
 
+/// A diff that finds nothing, but for the roots at its end; that of the follower.
+async fn nothing_differs(stream: &mut TcpStream) -> Hash {
+    let (diff, root, _) = sync_req(stream).await;
+    put(stream, &ToClient::SyncStart { diff }).await;
+    put(stream, &ToClient::SyncSeq { diff, writes: 0, deletes: 0 }).await;
+    put(stream, &done(diff, 0)).await;
+    root
+}
+
 fn live(first: u64, key: &'static str, value: Vec<u8>) -> ToClient {
     let changes = Changes(vec![Change::write(key, value)]);
     ToClient::Live { first: Revision(first), before: Chain::START.tag(), changes }
@@ -99,10 +108,7 @@ async fn a_change_refused_behind_the_mark_is_repaired_although_the_roots_were_eq
     let store = Odd::default();
     let (client, mut stream) = by_hand(store.clone(), 0).await;
     let mut events = client.events().await.unwrap();
-    let (diff, root, _) = sync_req(&mut stream).await;
-    put(&mut stream, &ToClient::SyncStart { diff }).await;
-    put(&mut stream, &ToClient::SyncSeq { diff, writes: 0, deletes: 0 }).await;
-    put(&mut stream, &done(diff, 0)).await;
+    let root = nothing_differs(&mut stream).await;
     store.refuse.store(true, Ordering::SeqCst);
     put(&mut stream, &live(1, "k", vec![1])).await;
     put(&mut stream, &ToClient::Verify { revision: Revision(0), root }).await;
@@ -146,10 +152,7 @@ async fn a_store_that_is_found_to_be_wrong_has_no_position_whatever_the_server_s
     let mut store = MemoryStore::new();
     let (client, mut stream) = by_hand(store.clone(), 0).await;
     let mut events = client.events().await.unwrap();
-    let (diff, root, _) = sync_req(&mut stream).await;
-    put(&mut stream, &ToClient::SyncStart { diff }).await;
-    put(&mut stream, &ToClient::SyncSeq { diff, writes: 0, deletes: 0 }).await;
-    put(&mut stream, &done(diff, 0)).await;
+    let root = nothing_differs(&mut stream).await;
     put(&mut stream, &ToClient::Verify { revision: Revision(0), root }).await;
     assert!(report(&mut events).await.equal());
     assert!(matches!(get(&mut stream).await, ToServer::Verified { .. }));

@@ -1,3 +1,3 @@
 #![no_main]
 
-libfuzzer_sys::fuzz_target!(|input: &[u8]| tablecast_simulator::fuzz::client(input));
+libfuzzer_sys::fuzz_target!(|input: &[u8]| drop(tablecast_simulator::fuzz::client(input)));

@@ -5,9 +5,9 @@
 
 use std::path::Path;
 
-use tablecast_simulator::fuzz;
+use tablecast_simulator::{Coverage, fuzz};
 
-fn run(target: &str, body: fn(&[u8])) {
+fn run(target: &str, mut body: impl FnMut(&[u8])) {
     let corpus = Path::new(env!("CARGO_MANIFEST_DIR")).join("../fuzz/corpus").join(target);
     let mut inputs = 0;
     for file in std::fs::read_dir(corpus).unwrap() {
@@ -31,12 +31,22 @@ fn messages() {
 
 #[test]
 fn a_server_and_any_follower() {
-    run("server", fuzz::server);
+    let mut all = Coverage::server();
+    run("server", |input| all.add(&fuzz::server(input)));
+    assert_eq!(unreached(&all), [("", ""); 0]);
 }
 
 #[test]
 fn a_follower_and_any_server() {
-    run("client", fuzz::client);
+    let mut all = Coverage::client();
+    run("client", |input| all.add(&fuzz::client(input)));
+    assert_eq!(unreached(&all), [("", ""); 0]);
+}
+
+/// Whoever says anything says everything everywhere.
+fn unreached(coverage: &Coverage) -> Vec<(&'static str, &'static str)> {
+    let unreached = coverage.cells().filter(|(.., count)| *count == 0);
+    unreached.map(|(state, message, _)| (state, message)).collect()
 }
 
 #[test]

@@ -214,4 +214,17 @@ fn every_mutation_is_on_the_page() {
     assert_eq!(variants, rows().iter().map(|row| row.0).collect::<Vec<_>>());
     let by_model = rows().iter().filter(|row| row.1.contains("model")).count();
     assert_eq!(by_model, hunts().len());
+    for (who, tests) in [
+        ("simulator", include_str!("../../simulator/tests/runs.rs")),
+        ("runs", include_str!("../it/convergence.rs")),
+        ("states", include_str!("../it/transitions.rs")),
+    ] {
+        let named: Vec<&str> = tests
+            .split("::")
+            .filter_map(|rest| rest.split(|next: char| !next.is_alphanumeric()).next())
+            .collect();
+        for (name, by, _) in rows() {
+            assert_eq!(by.contains(who), named.contains(&name), "{name}: {who}");
+        }
+    }
 }

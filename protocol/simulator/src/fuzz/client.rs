@@ -7,11 +7,13 @@ use arbitrary::{Result, Unstructured};
 use tablecast_protocol::client::{Output, RootOf, Session};
 use tablecast_protocol::diff::{self, Query};
 use tablecast_protocol::{
-    Change, DiffId, HeartbeatConfig, Limits, MemoryStore, Replica, ToServer, Tree, wire,
+    Change, DecodeError, DiffId, HeartbeatConfig, Limits, MemoryStore, Reason, Replica, ToClient,
+    ToServer, Tree, wire,
 };
 
 use super::message::{Fitting, key, to_client};
 use super::ran_out;
+use crate::Coverage;
 
 /// What a connection may cost whatever is said on it: the handshake and the end.
 const ONCE: usize = 3000;
@@ -31,10 +33,13 @@ const OUTPUTS: usize = 4;
 /// A follower's session, fed with any messages that can be said, in any order, beside diffs and time. Never a
 /// panic. What it sends is at most `FACTOR` times what it was sent, and one answer of the size that the
 /// limits allow for each query; a message has `OUTPUTS` effects at the most; a diff deletes no more keys
-/// than the follower had, or allows; and store and tree agree in the end.
-pub fn client(input: &[u8]) {
+/// than the follower had, or allows; store and tree agree in the end; and behind its last word it says and does nothing.
+/// Answers which messages came in which states.
+pub fn client(input: &[u8]) -> Coverage {
     let mut u = Unstructured::new(input);
-    ran_out(Client::new(&mut u).and_then(|mut client| client.run(&mut u)));
+    let mut coverage = Coverage::client();
+    ran_out(Client::new(&mut u).and_then(|mut client| client.run(&mut u, &mut coverage)));
+    coverage
 }
 
 enum Work {
@@ -55,6 +60,10 @@ struct Client {
     allowed: usize,
     /// Keys that the diff at hand may delete still.
     deletes: u64,
+    /// How many of the next repairs the store refuses.
+    refuses: u32,
+    /// The connection is closed.
+    ended: bool,
 }
 
 impl Client {
@@ -79,21 +88,19 @@ impl Client {
             sent: 0,
             allowed: ONCE,
             deletes: 0,
+            refuses: 0,
+            ended: false,
         })
     }
 
-    fn run(&mut self, u: &mut Unstructured<'_>) -> Result<()> {
+    fn run(&mut self, u: &mut Unstructured<'_>, coverage: &mut Coverage) -> Result<()> {
         self.drain();
         while !u.is_empty() {
             match u.int_in_range(0..=15_u8)? {
-                0..9 => self.hear(u)?,
-                9..12 => self.work(),
+                0..9 => self.hear(u, coverage)?,
+                9..12 => self.work(u)?,
                 12..14 => self.diff(u)?,
-                14 => match u.int_in_range(0..=2_u8)? {
-                    0 => self.session.handle_refused(),
-                    1 => self.session.handle_unread(u.arbitrary::<u8>()?.into()),
-                    _ => self.replica.apply(&Change::write(key(u)?, "own")).unwrap(),
-                },
+                14 => self.happen(u)?,
                 _ => {
                     self.now += Duration::from_millis(u.arbitrary::<u16>()?.into());
                     self.allowed += UNASKED;
@@ -107,11 +114,33 @@ impl Client {
         Ok(())
     }
 
-    fn hear(&mut self, u: &mut Unstructured<'_>) -> Result<()> {
+    /// What comes of its own.
+    fn happen(&mut self, u: &mut Unstructured<'_>) -> Result<()> {
+        match u.int_in_range(0..=15_u8)? {
+            0..4 => self.session.handle_refused(),
+            4..7 => self.session.handle_unread(u.arbitrary::<u8>()?.into()),
+            7..10 => self.replica.apply(&Change::write(key(u)?, "own")).unwrap(),
+            10..12 => self.refuses = u.int_in_range(0..=3)?,
+            12 => self.session.handle_part(self.now),
+            13 => self.session.handle_heard(self.now),
+            14 => {
+                let error = DecodeError::Malformed { bytes: 1, why: "no message".to_owned() };
+                self.session.handle_malformed(&error);
+            }
+            _ => self.session.handle_close(Reason::Failed, ""),
+        }
+        Ok(())
+    }
+
+    fn hear(&mut self, u: &mut Unstructured<'_>, coverage: &mut Coverage) -> Result<()> {
         if let Some(stream) = self.session.stream() {
             self.fitting.position = stream;
         }
         let message = to_client(u, &self.fitting)?;
+        coverage.count(self.session.state(), message.tag());
+        if let ToClient::CatchUp { revision, .. } = &message {
+            self.fitting.caught_up = *revision;
+        }
         self.received += wire::encode(&message).len();
         self.session.handle_message(message, self.now);
         let outputs = self.drain();
@@ -130,9 +159,10 @@ impl Client {
         Ok(())
     }
 
-    /// The oldest thing that is computed elsewhere is there.
-    fn work(&mut self) {
-        match self.work.pop_front() {
+    /// Something that is computed elsewhere is there.
+    fn work(&mut self, u: &mut Unstructured<'_>) -> Result<()> {
+        let Some(last) = self.work.len().checked_sub(1) else { return Ok(()) };
+        match self.work.remove(u.int_in_range(0..=last)?) {
             None => {}
             Some(Work::Root(of, tree)) => self.session.handle_root(of, tree.root()),
             Some(Work::Answer(id, tree, query, max_bytes)) => {
@@ -142,6 +172,7 @@ impl Client {
                 self.session.handle_answer(id, answer);
             }
         }
+        Ok(())
     }
 
     /// Does what the session says; how many things that were.
@@ -149,6 +180,7 @@ impl Client {
         let mut outputs = 0;
         while let Some(output) = self.session.poll_output() {
             outputs += 1;
+            assert!(!self.ended, "{output:?} behind the end");
             match output {
                 Output::Send(message) => {
                     if let ToServer::SyncReq { diff, .. } = message {
@@ -163,8 +195,10 @@ impl Client {
                     let deletes = changes.iter().filter(|(change, _)| change.value().is_none());
                     let deletes = deletes.count() as u64;
                     self.deletes = self.deletes.checked_sub(deletes).expect("a bound on deletes");
+                    let refused = self.refuses.min(changes.len() as u32);
+                    self.refuses -= refused;
                     drop(self.replica.apply_all(changes));
-                    self.session.handle_repaired(diff, 0, 0, Duration::ZERO);
+                    self.session.handle_repaired(diff, refused, 0, Duration::ZERO);
                 }
                 Output::Answer { diff, tree, query, max_bytes } => {
                     self.work.push_back(Work::Answer(diff, tree, query, max_bytes));
@@ -187,8 +221,8 @@ impl Client {
                 | Output::Held { .. }
                 | Output::DiffDone { .. }
                 | Output::Verified { .. }
-                | Output::DiffAborted { .. }
-                | Output::Close(_) => {}
+                | Output::DiffAborted { .. } => {}
+                Output::Close(_) => self.ended = true,
             }
         }
         let allowed = FACTOR * self.received + self.allowed;

@@ -13,6 +13,8 @@ use tablecast_protocol::{
 /// What an end that listens would say: numbers, hashes and an answer that fit.
 pub(super) struct Fitting {
     pub(super) position: Position,
+    /// How far a shortened catch-up is.
+    pub(super) caught_up: Revision,
     pub(super) diff: DiffId,
     pub(super) jumps: u32,
     pub(super) root: Hash,
@@ -28,6 +30,7 @@ impl Default for Fitting {
                 revision: Revision::ZERO,
                 chain: Chain::START,
             },
+            caught_up: Revision::ZERO,
             diff: DiffId(1),
             jumps: 0,
             root: Hash::from_bytes([2; 24]),
@@ -74,6 +77,7 @@ pub(super) fn to_server(u: &mut Unstructured<'_>, fitting: &Fitting) -> Result<T
 pub(super) fn to_client(u: &mut Unstructured<'_>, fitting: &Fitting) -> Result<ToClient> {
     let Limits { frame_bytes, key_bytes, value_bytes, .. } = Limits::default();
     let Position { revision: Revision(revision), chain, .. } = fitting.position;
+    let so_far = revision.max(fitting.caught_up.0);
     let tag = chain.tag();
     Ok(match u.int_in_range(0..=16_u8)? {
         0 => {
@@ -126,10 +130,10 @@ pub(super) fn to_client(u: &mut Unstructured<'_>, fitting: &Fitting) -> Result<T
         13 => ToClient::Pong {},
         14 => ToClient::Mark { revision: Revision(near(u, revision)?) },
         15 => ToClient::CatchUp {
-            revision: Revision(near(u, revision.wrapping_add(1))?),
+            revision: Revision(near(u, so_far.wrapping_add(1))?),
             changes: changes(u)?,
         },
-        _ => ToClient::CaughtUp { revision: Revision(near(u, revision)?), chain },
+        _ => ToClient::CaughtUp { revision: Revision(near(u, so_far)?), chain },
     })
 }
 

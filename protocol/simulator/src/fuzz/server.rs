@@ -8,12 +8,13 @@ use tablecast_protocol::diff::{self, Step, Walk};
 use tablecast_protocol::server::{Event, Session, SessionConfig, Transmit};
 use tablecast_protocol::wire::{self, Changes, HEADER_BYTES};
 use tablecast_protocol::{
-    Chain, DiffId, Epoch, FollowerId, Limits, Log, MemoryStore, Missed, ProtocolError, Revision,
-    Shortened, Table, ToClient, ToServer, Tree, Way,
+    Chain, DecodeError, DiffId, Epoch, FollowerId, Limits, Log, MemoryStore, Missed, ProtocolError,
+    Reason, Revision, Shortened, Table, ToClient, ToServer, Tree, Way,
 };
 
 use super::message::{Fitting, changes, key, to_server};
 use super::ran_out;
+use crate::Coverage;
 
 /// What a connection may cost whatever is said on it: the handshake and the end.
 const ONCE: usize = 3000;
@@ -31,11 +32,14 @@ const FOLLOWER: FollowerId = FollowerId(1);
 
 /// A server's session, fed with any messages that can be said, in any order, beside writes and time. Never a
 /// panic. What it sends is at most `FACTOR` times what it was sent, each change once, and the whole table for
-/// every diff that was asked for; it asks for at most `REQUESTS` things at a time, and two whenever it falls off
-/// the log, which is as many writes of a server that answers in between.
-pub fn server(input: &[u8]) {
+/// every diff that was begun; a repair is as large as it may be and a key more; it asks for at most `REQUESTS` things at a time,
+/// and two whenever it falls off the log, which is as many writes of a server that answers in between; and behind its
+/// last word it says nothing. Answers which messages came in which states.
+pub fn server(input: &[u8]) -> Coverage {
     let mut u = Unstructured::new(input);
-    ran_out(Server::new(&mut u).and_then(|mut server| server.run(&mut u)));
+    let mut coverage = Coverage::server();
+    ran_out(Server::new(&mut u).and_then(|mut server| server.run(&mut u, &mut coverage)));
+    coverage
 }
 
 struct Server {
@@ -47,6 +51,7 @@ struct Server {
     query_bytes: usize,
     /// Of how many keys that a walk found the entries are held at once.
     part_keys: usize,
+    repair_bytes: usize,
     requests: VecDeque<Event>,
     walk: Option<(DiffId, Walk)>,
     /// What the follower has, if it is honest for once.
@@ -59,8 +64,11 @@ struct Server {
     unasked: usize,
     /// All that was ever in the table.
     written: usize,
+    /// Diffs that were begun.
     diffs: usize,
     falls: usize,
+    /// The last word was sent.
+    ended: bool,
 }
 
 impl Server {
@@ -90,6 +98,7 @@ impl Server {
             now: Duration::ZERO,
             query_bytes: *u.choose(&[4, 60, 1 << 20])?,
             part_keys: config.part_keys,
+            repair_bytes,
             requests: VecDeque::new(),
             walk: None,
             follower,
@@ -101,6 +110,7 @@ impl Server {
             written: 0,
             diffs: 0,
             falls: 0,
+            ended: false,
         };
         for _ in 0..u.int_in_range(0..=12_u8)? {
             server.write(u)?;
@@ -111,16 +121,17 @@ impl Server {
         Ok(server)
     }
 
-    fn run(&mut self, u: &mut Unstructured<'_>) -> Result<()> {
+    fn run(&mut self, u: &mut Unstructured<'_>, coverage: &mut Coverage) -> Result<()> {
         while !u.is_empty() {
-            match u.int_in_range(0..=15_u8)? {
-                0..8 => self.hear(u)?,
+            match u.int_in_range(0..=16_u8)? {
+                0..8 => self.hear(u, coverage)?,
                 8..10 => drop(self.transmit()),
                 10 => {
-                    if let Some(request) = self.requests.pop_front() {
+                    if let Some(request) = self.next_request(u)? {
                         self.serve(u, request)?;
                     }
                 }
+                16 => self.happen(u)?,
                 11..13 => self.settle(u)?,
                 13 => self.write(u)?,
                 14 => {
@@ -143,8 +154,35 @@ impl Server {
         self.settle(u)
     }
 
+    /// The Server answers in order; what is computed elsewhere is there at any time.
+    fn next_request(&mut self, u: &mut Unstructured<'_>) -> Result<Option<Event>> {
+        let Some(last) = self.requests.len().checked_sub(1) else { return Ok(None) };
+        let at = u.int_in_range(0..=last)?;
+        let computed = |event: &Event| {
+            matches!(event, Event::Root(..) | Event::Collect { .. } | Event::Shorten(..))
+        };
+        let at = if self.requests.get(at).is_some_and(computed) { at } else { 0 };
+        Ok(self.requests.remove(at))
+    }
+
+    /// What comes seldom.
+    fn happen(&mut self, u: &mut Unstructured<'_>) -> Result<()> {
+        match u.int_in_range(0..=7_u8)? {
+            0 => self.session.handle_stop(),
+            1 => self.session.handle_close(Reason::Failed, ""),
+            2 => {
+                let error = DecodeError::Malformed { bytes: 1, why: "no message".to_owned() };
+                self.session.handle_malformed(&error);
+            }
+            3..5 => self.session.handle_walk_failed(self.fitting.diff),
+            5 => self.session.handle_busy(self.fitting.diff),
+            _ => self.session.handle_heard(self.now),
+        }
+        Ok(())
+    }
+
     /// Something is said, if it is read.
-    fn hear(&mut self, u: &mut Unstructured<'_>) -> Result<()> {
+    fn hear(&mut self, u: &mut Unstructured<'_>, coverage: &mut Coverage) -> Result<()> {
         if !self.session.wants_input() {
             return Ok(());
         }
@@ -157,8 +195,8 @@ impl Server {
         };
         if let ToServer::SyncReq { diff, .. } = &message {
             self.fitting.diff = *diff;
-            self.diffs += 1;
         }
+        coverage.count(self.session.state(), message.tag());
         self.received += wire::encode(&message).len();
         self.session.handle_message(message, self.now);
         Ok(())
@@ -169,7 +207,7 @@ impl Server {
             match event {
                 Event::Verified { .. } => {}
                 Event::FellBehind(_) => self.falls += 1,
-                Event::Close(_) => self.requests.clear(),
+                Event::Close(_) => {}
                 request => self.requests.push_back(request),
             }
         }
@@ -182,7 +220,7 @@ impl Server {
     /// Everything that can be done, until the follower says something.
     fn settle(&mut self, u: &mut Unstructured<'_>) -> Result<()> {
         loop {
-            if let Some(request) = self.requests.pop_front() {
+            if let Some(request) = self.next_request(u)? {
                 self.serve(u, request)?;
             } else if !self.transmit() {
                 return Ok(());
@@ -192,7 +230,11 @@ impl Server {
     }
 
     fn transmit(&mut self) -> bool {
-        let Some(transmit) = self.session.poll_transmit(&self.log) else { return false };
+        let Some(transmit) = self.session.poll_transmit(&self.log) else {
+            self.ended |= self.session.state() == "Closed";
+            return false;
+        };
+        assert!(!self.ended, "something is sent behind the last word");
         let frame = match transmit {
             Transmit::Live(frame) => frame,
             Transmit::Joined(joined) => joined.frame(),
@@ -204,14 +246,19 @@ impl Server {
         };
         self.sent += frame.len();
         let payload = &frame[HEADER_BYTES..];
-        assert!(payload.len() <= Limits::default().frame_bytes);
-        wire::decode::<ToClient>(payload, &Limits::default()).unwrap();
+        let message = wire::decode::<ToClient>(payload, &Limits::default()).unwrap();
+        let most = match message {
+            ToClient::Repair { .. } => self.repair_bytes + 2 * AROUND,
+            _ => Limits::default().frame_bytes,
+        };
+        assert!(payload.len() <= most, "{} bytes in a frame of {most}", payload.len());
         true
     }
 
     /// What a follower that listens learns.
     fn listen(&mut self, message: &ToClient) {
         match message {
+            ToClient::SyncStart { .. } => self.diffs += 1,
             ToClient::SyncRequest { query, .. } => {
                 self.fitting.answer = diff::answer(&self.follower, query, 1000).unwrap();
             }
@@ -275,8 +322,13 @@ impl Server {
                 }
             }
             Event::Read { diff, found, from, max_bytes } => {
-                let values = self.table.read(&found, from, max_bytes);
+                let mut values = self.table.read(&found, from, max_bytes);
                 self.seal();
+                if u.ratio(1, 16)? {
+                    // A value is not what the tree says.
+                    let unread = values.writes.pop().map(|(hash, ..)| hash);
+                    values.failed.extend(unread);
+                }
                 self.session.handle_values(diff, values);
             }
             Event::Mark(diff) => {
