@@ -127,7 +127,8 @@ impl Client {
     ///
     /// # Errors
     /// If that takes longer than `timeout`, the follower goes over to another history, or connects to a server whose history has
-    /// gone on from before where this table stands. A follower that has no position when it connects cannot notice the latter.
+    /// gone on from before where this table stands, this write's perhaps among what it has: wait again. A follower that has no position
+    /// when it connects, or one that the server's log has no more, cannot notice the latter.
     pub async fn wait_for(&self, at: Position, timeout: Duration) -> Result<Position, Error> {
         let Position { epoch, revision, .. } = at;
         Ok(self.actor.send(actors::WaitFor { epoch, revision, timeout }).await??)

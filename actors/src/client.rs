@@ -624,16 +624,20 @@ impl Client {
     }
 
     /// These keys have been changed behind this actor's back: the tree is told what is there now. That
-    /// its root is not the server's leads to a diff.
-    fn corrupted(&mut self, keys: Vec<Key>, ctx: &Context<Self>) {
-        let Some(example) = keys.first().cloned() else { return };
+    /// its root is not the server's leads to a diff. Whether it knows anything now that it did not.
+    fn corrupted(&mut self, keys: Vec<Key>, ctx: &Context<Self>) -> bool {
+        let Some(example) = keys.first().cloned() else { return false };
         warn!(keys = keys.len(), "the store has been changed behind the follower's back");
         self.changed = true;
         self.position = None;
+        let mut learnt = false;
         for key in &keys {
-            if let Err(error) = self.replica.look_up(key) {
-                self.refuse(error);
-                self.retry_diff(true, ctx);
+            match self.replica.look_up(key) {
+                Ok(other) => learnt |= other,
+                Err(error) => {
+                    self.refuse(error);
+                    self.retry_diff(true, ctx);
+                }
             }
         }
         self.corrupt += keys.len() as u64;
@@ -641,6 +645,7 @@ impl Client {
         self.emit(|| Event::Corrupt { keys: keys.len(), example });
         self.repaired.extend(keys.into_iter().take(MAX_REPAIRED));
         self.repaired.truncate(MAX_REPAIRED);
+        learnt
     }
 
     /// What was put right must be there: a store that loses it would lose it for ever.
@@ -673,15 +678,19 @@ impl Client {
         scrubbed: Option<(Hash, Vec<Key>, Option<StoreError>)>,
         ctx: &Context<Self>,
     ) {
+        let again = std::mem::take(&mut self.looks_again);
         let Some((root, keys, error)) = scrubbed else {
+            if again {
+                self.want_diff(true);
+            }
             if let Some(session) = self.session(connection) {
                 session.handle_close(Reason::Failed, "no root");
             }
             return;
         };
-        let found = !keys.is_empty() || std::mem::take(&mut self.looks_again);
-        self.looks_again = keys.len() >= SCRUBBED_KEYS;
-        self.corrupted(keys, ctx);
+        let (found, all) = (again || !keys.is_empty(), keys.len() < SCRUBBED_KEYS);
+        // Else the next one would find the same.
+        self.looks_again = self.corrupted(keys, ctx) && !all;
         // What was not read is not verified; what was found is put right.
         let unread = error.is_some() || self.looks_again;
         if let Some(error) = error {
@@ -801,7 +810,13 @@ impl Client {
         let tree = self.replica.tree().clone();
         let guard = self.config.mass_delete.filter(|_| !self.allowed);
         let max_deletes = guard.map_or(u64::MAX, |guard| guard.max_deletes(tree.len()));
+        let full = full || self.retry_full;
         session.handle_diff(tree.clone(), full, max_deletes)?;
+        self.retry_full = false;
+        if self.looks_again {
+            // Its snapshot does not know of all that is wrong.
+            session.handle_refused();
+        }
         let at = session.stream();
         self.refusal = None;
         self.running = Some(Running {

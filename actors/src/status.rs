@@ -150,7 +150,7 @@ pub enum Health {
     Disconnected,
     /// Something may be missing: changes that were missed are on their way, or a diff is.
     Syncing,
-    /// Nothing is known to be missing.
+    /// Nothing is known to be missing, what its user has changed in it aside.
     Ready,
     /// A diff was done, and the table differs still. It is asked for again, more and more slowly.
     Diverged {

@@ -165,7 +165,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<Report> {
         };
         let measuring = scope.spawn(measure);
         // A little longer than it is measured: it is more than enough of it, and ends what hangs.
-        let time = WARM + REPAIRED + (half + CHANGE) * 2 * turns + CHANGE * 2;
+        let time = WARM + REPAIRED + (half + CHANGE) * 2 * turns + CHANGE * (2 + turns);
         let writes = match own.saturate(time, window, &told, delivered) {
             Ok(writes) => writes,
             Err(error) => return Err(readers.because(error)),

@@ -291,7 +291,9 @@ async fn however_much_is_changed_behind_its_back_is_found_at_once() {
             _ => None,
         })
         .await;
-        assert_eq!(client.status().await.unwrap().position, None);
+        // Behind the last one there is a diff.
+        let position = client.status().await.unwrap().position;
+        assert!(position.is_none() || found == lost.len(), "{found} keys");
     }
     let healed = report(&mut events).await;
     assert!(healed.equal() && healed.written == lost.len() as u64, "{healed:?}");

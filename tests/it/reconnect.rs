@@ -190,7 +190,8 @@ async fn a_server_that_continues_its_history_resumes_and_a_restored_one_does_not
     // An older copy, which does not know what it lost: first nothing more, then something else.
     let later = Position { revision: Revision(late.revision.0 + 1), ..late };
     let waits = client.wait_for(later, crate::harness::LONG);
-    let (server, waited) = futures_util::future::join(again(older.clone(), early), waits).await;
+    // It waits before the server is there.
+    let (waited, server) = futures_util::future::join(waits, again(older.clone(), early)).await;
     assert_eq!(way(&mut events).await, Way::Ahead);
     // What it waited for would have been another change.
     let forked = WaitError::Forked(late.epoch);

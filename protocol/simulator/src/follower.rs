@@ -59,6 +59,13 @@ impl Follower {
         self.due = Some(full || self.due.unwrap_or(false));
     }
 
+    /// The diff that ran has changed nothing for good. Answers whether it was one at full width.
+    fn came_to_nothing(&mut self) -> bool {
+        let (changed, full) = self.running.take().unwrap_or_default();
+        self.changed |= changed;
+        full
+    }
+
     /// Asks for another diff after a while.
     fn retry_diff(&mut self, full: bool, at: Duration) {
         let (at, before) = self.retry.unwrap_or((at, false));
@@ -162,7 +169,9 @@ impl World<'_> {
         }
         follower.link = None;
         follower.works.forget();
-        follower.changed |= follower.running.take().unwrap_or(false);
+        if follower.came_to_nothing() {
+            follower.want_diff(true);
+        }
         follower.allows = false;
         if let Some(client) = &link.client
             && client.session.stream().is_some()
@@ -183,9 +192,11 @@ impl World<'_> {
                 "Relay" => hashed(follower.replica.tree()),
                 _ => follower.replica.tree().clone(),
             };
+            let full = full || follower.retry.is_some_and(|(_, full)| full);
             if client.session.handle_diff(tree, full, most).is_ok() {
                 follower.due = None;
-                follower.running = Some(std::mem::take(&mut follower.changed));
+                follower.retry = follower.retry.map(|(at, _)| (at, false));
+                follower.running = Some((std::mem::take(&mut follower.changed), full));
                 return self.drain_client(at);
             }
         }
@@ -254,7 +265,12 @@ impl World<'_> {
             self.totals.found += 1;
         }
         let session = at.and_then(|at| self.connections[at].client.as_mut());
-        let Some(session) = session.map(|client| &mut client.session) else { return };
+        let Some(session) = session.map(|client| &mut client.session) else {
+            if !keys.is_empty() {
+                follower.want_diff(true);
+            }
+            return;
+        };
         let mut compared = false;
         match root {
             _ if !waits => {}
@@ -361,7 +377,7 @@ impl World<'_> {
                 Output::Held { deletes, .. } => {
                     let most = if follower.allows { u64::MAX } else { self.config.max_deletes };
                     check(deletes > most, || format!("{deletes} are held"))?;
-                    follower.changed |= follower.running.take().unwrap_or(false);
+                    follower.came_to_nothing();
                     follower.allows = true;
                     // Whoever is to say that it is meant may take a while.
                     if self.rng.bool() {
@@ -392,7 +408,7 @@ impl World<'_> {
                         )
                     })?;
                     if equal && position.is_some() {
-                        follower.retry = None;
+                        (follower.retry, follower.due) = (None, None);
                     } else {
                         follower.retry_diff(!equal, self.now + RETRY);
                     }
@@ -418,8 +434,8 @@ impl World<'_> {
                     self.totals.verified += 1;
                 }
                 Output::DiffAborted { .. } => {
-                    follower.changed |= follower.running.take().unwrap_or(false);
-                    follower.retry_diff(false, self.now + RETRY);
+                    let full = follower.came_to_nothing();
+                    follower.retry_diff(full, self.now + RETRY);
                     self.totals.aborts += 1;
                 }
                 Output::Close(close) => self.client_closes(at, &close)?,

@@ -108,9 +108,10 @@ pub(crate) struct Follower {
     pub(crate) strangers: BTreeSet<tablecast_protocol::Key>,
     /// Where the table stood when the last connection ended.
     pub(crate) position: Option<Position>,
-    /// The table was changed beside the server since the last diff began; and before that.
+    /// The table was changed beside the server since the last diff began.
     pub(crate) changed: bool,
-    pub(crate) running: Option<bool>,
+    /// A diff runs: whether it was changed before that, and whether it is one at full width.
+    pub(crate) running: Option<(bool, bool)>,
     /// A diff is due; `true` at full width.
     pub(crate) due: Option<bool>,
     /// A diff is asked for again then; `true` at full width.

@@ -9,7 +9,7 @@ use tablecast_simulator::{Fault, Run, Totals, run};
 const DELIVERIES: u64 = 400;
 
 /// So many that every cell is reached, some of them a few times.
-const SEEDS: u64 = 3000;
+const SEEDS: u64 = 6000;
 
 #[test]
 fn everything_is_kept_and_everything_is_reached() {

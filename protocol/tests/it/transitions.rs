@@ -1970,6 +1970,24 @@ fn the_client_closes_when_what_comes_next_does_not_come() {
 }
 
 #[test]
+fn what_does_not_come_is_noticed_however_long_silence_may_be() {
+    let never = HeartbeatConfig { ping_after: Duration::MAX, dead_after: Duration::MAX };
+    let mut session =
+        client::Session::new("", Limits::default(), never, Some(start()), Duration::ZERO);
+    let (revision, chain) = (START, Chain::START);
+    for (state, message) in [
+        ("Relay", resumed(start(), Way::Resumed)),
+        // Nothing is owed, and a diff may begin before anybody looks at the clock again.
+        ("Relay", ToClient::CaughtUp { revision, chain }),
+    ] {
+        assert!(session.poll_timeout().unwrap() <= Duration::from_secs(120));
+        session.handle_message(message, Duration::ZERO);
+        assert_eq!(session.state(), state);
+    }
+    assert!(session.poll_timeout().unwrap() <= Duration::from_secs(120));
+}
+
+#[test]
 fn what_a_peer_says_is_one_line_and_not_long() {
     let text = format!("\u{1b}[2Jgone\n{}", "é".repeat(1000));
     let reason = Reason::Stopping;
