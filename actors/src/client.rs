@@ -380,13 +380,13 @@ pub struct Client {
     timer: Option<Later>,
     /// The next one of those diffs that are from time to time.
     next_diff: Option<Later>,
-    /// A diff is due; `true` if it must compare full-width hashes.
-    due: Option<bool>,
+    /// A diff is due.
+    due: bool,
+    /// The next one, be it due or asked for after a while, must compare full-width hashes.
+    full: bool,
     /// Waits before a diff that is asked for again.
     retries: Backoff,
     retry: Option<Later>,
-    /// The diff that is asked for again must compare full-width hashes.
-    retry_full: bool,
     running: Option<Running>,
     /// Who waits for the diff that is due, because the last one's roots are still compared.
     next: Vec<oneshot::Sender<DiffOutcome>>,
@@ -440,10 +440,10 @@ impl Client {
             work: BTreeMap::new(),
             timer: None,
             next_diff: None,
-            due: None,
+            due: false,
+            full: false,
             retries: Backoff::new(config.backoff_min, config.backoff_max),
             retry: None,
-            retry_full: false,
             running: None,
             next: Vec::new(),
             waiters: Vec::new(),
@@ -793,26 +793,24 @@ impl Client {
 
     /// A diff is due. Once it must be at full width, it stays so until it begins.
     fn want_diff(&mut self, full: bool) {
-        self.due = Some(full || self.due.unwrap_or(false));
+        self.due = true;
+        self.full |= full;
     }
 
     /// Begins the diff that is due, if one can begin now.
     fn begin_diff(&mut self, ctx: &mut Context<Self>) {
-        let Some(full) = self.due else { return };
-        if self.ask_for_diff(full).is_ok() {
-            self.due = None;
+        if self.due && self.ask_for_diff().is_ok() {
             self.drive(ctx);
         }
     }
 
-    fn ask_for_diff(&mut self, full: bool) -> Result<(), DiffError> {
+    fn ask_for_diff(&mut self) -> Result<(), DiffError> {
         let (_, session) = self.link.as_mut().ok_or(DiffError::Disconnected)?;
         let tree = self.replica.tree().clone();
         let guard = self.config.mass_delete.filter(|_| !self.allowed);
         let max_deletes = guard.map_or(u64::MAX, |guard| guard.max_deletes(tree.len()));
-        let full = full || self.retry_full;
-        session.handle_diff(tree.clone(), full, max_deletes)?;
-        self.retry_full = false;
+        session.handle_diff(tree.clone(), self.full, max_deletes)?;
+        self.due = false;
         if self.looks_again {
             // Its snapshot does not know of all that is wrong.
             session.handle_refused();
@@ -823,7 +821,7 @@ impl Client {
             since: Instant::now(),
             at,
             changed: std::mem::take(&mut self.changed),
-            full,
+            full: std::mem::take(&mut self.full),
             started: None,
             progress: Progress::default(),
             traffic: Traffic::default(),
@@ -835,7 +833,7 @@ impl Client {
 
     /// Asks for another diff after a while.
     fn retry_diff(&mut self, full: bool, ctx: &Context<Self>) {
-        self.retry_full |= full;
+        self.full |= full;
         if self.retry.is_none() {
             let wait = self.retries.next_wait();
             self.retry = Some(later(wait, Timer::Retry, ctx));
@@ -874,10 +872,10 @@ impl Client {
         if report.equal() && whole {
             self.verified = Some(revision);
             self.retries.reset();
-            self.retry_full = false;
+            self.full = false;
             self.retry = None;
             // What it was for while this one ran is healed.
-            self.due = self.due.filter(|_| !self.next.is_empty());
+            self.due &= !self.next.is_empty();
         } else if report.equal() {
             self.retry_diff(false, ctx);
         } else {
@@ -1102,13 +1100,9 @@ fn begin(connection: ConnectionId, work: Work, ctx: &Context<Client>) {
         Work::Scrub(checkpoint, mut tree, entries) => {
             let scrub = move || {
                 let (found, error) = scrub(&tree, entries, SCRUBBED_KEYS);
-                for Correction { key, entry } in &found {
-                    match entry {
-                        Some(entry) => tree.insert_entry(entry.clone()),
-                        None => tree.remove(key),
-                    };
-                }
-                (tree.root(), found.into_iter().map(|found| found.key).collect(), error)
+                let put_right = |found: Correction| found.put_into(&mut tree);
+                let keys = found.into_iter().map(put_right).collect();
+                (tree.root(), keys, error)
             };
             let message = move |scrubbed| Computed::Scrubbed(connection, checkpoint, scrubbed);
             computed(compute(scrub), message, ctx);
@@ -1180,19 +1174,17 @@ impl Handler<Diff> for Client {
 
     fn handle(&mut self, _: Diff, ctx: &mut Context<Self>) -> Self::Result {
         let (waiter, outcome) = oneshot::channel();
-        let full = self.due.unwrap_or(false);
         let comparing = self.link.as_ref().is_some_and(|(_, session)| session.is_comparing());
         let soon = comparing || self.is_catching_up();
-        let asked = if soon { Ok(()) } else { self.ask_for_diff(full) };
+        let asked = if soon { Ok(()) } else { self.ask_for_diff() };
         match (asked, &mut self.running) {
             // One that is as good as done, or what was missed, comes first: nobody need be told to come
             // again.
             (Ok(()), _) if soon => {
-                self.due = Some(full);
+                self.due = true;
                 self.next.push(waiter);
             }
             (Ok(()), Some(running)) => {
-                self.due = None;
                 running.waiting.push(waiter);
                 self.drive(ctx);
             }
@@ -1371,8 +1363,7 @@ impl Handler<Timer> for Client {
             Timer::Retry => {
                 // Aborted too late otherwise.
                 if self.retry.take().is_some() {
-                    let full = std::mem::take(&mut self.retry_full);
-                    self.want_diff(full);
+                    self.want_diff(false);
                     self.begin_diff(ctx);
                 }
             }

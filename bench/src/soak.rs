@@ -328,7 +328,7 @@ pub(crate) async fn run(args: &Args) -> anyhow::Result<Report> {
         soak.disturb_until(end.min(Instant::now() + ROUND)).await?;
         soak.settle().await.with_context(|| format!("{:?}, {:?}", soak.done, soak.seen))?;
         rounds += 1;
-        let seen = soak.seen.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let seen = soak.seen();
         let broken: Vec<_> = seen.keys().filter(|what| what.starts_with(BROKEN)).collect();
         ensure!(broken.is_empty(), "{broken:?}");
         if !args.json {
@@ -336,7 +336,7 @@ pub(crate) async fn run(args: &Args) -> anyhow::Result<Report> {
             eprintln!("{time} s: all equal, {writes} writes, {:?}", soak.done);
         }
     }
-    let seen = soak.seen.lock().unwrap_or_else(PoisonError::into_inner).clone();
+    let seen = soak.seen();
     Ok(Report::of("soak")
         .with("seed", args.seed)
         .with("followers", args.followers)
@@ -378,6 +378,11 @@ impl Soak {
             soak.followers.push(follower);
         }
         Ok(soak)
+    }
+
+    /// What has happened so far.
+    fn seen(&self) -> Totals {
+        self.seen.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// Writes, with faults, until then. Whoever is away or paused is back behind that.

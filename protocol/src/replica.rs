@@ -112,6 +112,17 @@ pub struct Correction {
     pub entry: Option<Entry>,
 }
 
+impl Correction {
+    /// Makes a tree say what the store holds at the key, which it answers.
+    pub fn put_into(self, tree: &mut Tree) -> Key {
+        match self.entry {
+            Some(entry) => tree.insert_entry(entry),
+            None => tree.remove(&self.key),
+        };
+        self.key
+    }
+}
+
 /// Compares a tree with what the store holds, at one moment: what was changed behind the table's back.
 /// Answers at most `max` keys, and why it could not read on, if it could not, or what it read was not in the order of the keys.
 ///

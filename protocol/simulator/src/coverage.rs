@@ -91,21 +91,20 @@ impl Coverage {
             .collect()
     }
 
+    fn reached(&self) -> impl Iterator<Item = (&'static str, &'static str)> {
+        let reached = self.cells().filter(|(.., count)| *count > 0);
+        reached.map(|(state, message, _)| (state, message))
+    }
+
     /// The cells that were reached, and that no honest peer can reach.
     pub fn wrong(&self) -> Vec<(&'static str, &'static str)> {
         let reachable = self.reachable();
-        let reached = self.cells().filter(|cell| cell.2 > 0);
-        let cells = reached.map(|(state, message, _)| (state, message));
-        cells.filter(|cell| !reachable.contains(cell)).collect()
+        self.reached().filter(|cell| !reachable.contains(cell)).collect()
     }
 
     /// Those of the reachable cells that were not reached.
     pub fn missing(&self) -> Vec<(&'static str, &'static str)> {
-        let reached: Vec<_> = self
-            .cells()
-            .filter(|cell| cell.2 > 0)
-            .map(|(state, message, _)| (state, message))
-            .collect();
+        let reached: Vec<_> = self.reached().collect();
         self.reachable().into_iter().filter(|cell| !reached.contains(cell)).collect()
     }
 }

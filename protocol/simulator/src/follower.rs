@@ -211,13 +211,7 @@ impl World<'_> {
         let at = follower.link.and_then(|id| self.place(id));
         if let Work::Scrub(number, mut tree, entries) = work {
             let (found, error) = scrub(&tree, entries, SCRUBBED_KEYS);
-            for correction in &found {
-                match &correction.entry {
-                    Some(entry) => tree.insert_entry(entry.clone()),
-                    None => tree.remove(&correction.key),
-                };
-            }
-            let keys = found.into_iter().map(|found| found.key).collect();
+            let keys = found.into_iter().map(|found| found.put_into(&mut tree)).collect();
             let root = (error.is_none() && waits).then(|| tree.root());
             self.scrubbed(index, number, root, keys, waits);
         } else if let Some(at) = at.filter(|_| waits)

@@ -7,7 +7,7 @@ use tablecast_protocol::{Reason, Tree};
 
 use crate::fault::Fault;
 use crate::history::KEYS;
-use crate::world::{Connection, World, kind, ready_for};
+use crate::world::{Connection, World, kind};
 use crate::{Checked, check};
 
 /// Most steps from the last fault until nothing is left to do.
@@ -80,10 +80,6 @@ impl World<'_> {
     /// Looks again what can be done for a connection.
     fn renew(&mut self, at: usize) {
         self.connections[at].ready = self.ready_for(&self.connections[at]);
-    }
-
-    fn ready_for(&self, link: &Connection) -> u8 {
-        ready_for(link, &self.followers[link.follower])
     }
 
     /// What also happens when nothing goes wrong.

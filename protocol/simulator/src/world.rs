@@ -975,29 +975,30 @@ impl<'a> World<'a> {
         let after = (self.table.position(), self.table.tree().root());
         check(!taken && before == after, || "a refused batch has changed something".to_owned())
     }
-}
 
-/// What can be done for a connection now, were none of it held.
-pub(crate) fn ready_for(link: &Connection, follower: &Follower) -> u8 {
-    let mut ready = 0;
-    let mut allow = |kind: u8, when: bool| ready |= if when { kind } else { 0 };
-    if let Some(server) = &link.server {
-        allow(kind::SERVE, !server.requests.is_empty());
-        allow(kind::REPLY, !server.replies.is_empty() || !server.computed.is_empty());
-        allow(kind::DIFFER, server.differs.iter().any(Differ::has_work));
-        allow(kind::TRANSMIT, !server.dry && link.to_client.frames.len() < link.room);
-        let reads = link.to_server.is_readable() && server.session.wants_input();
-        allow(kind::TO_SERVER, reads);
-        // Nobody reads its last words: they have their time, and no more.
-        let full = link.to_client.frames.len() >= link.room;
-        allow(kind::CLOSE, full && server.session.state() == "Closed");
+    /// What can be done for a connection now, were none of it held.
+    pub(crate) fn ready_for(&self, link: &Connection) -> u8 {
+        let follower = &self.followers[link.follower];
+        let mut ready = 0;
+        let mut allow = |kind: u8, when: bool| ready |= if when { kind } else { 0 };
+        if let Some(server) = &link.server {
+            allow(kind::SERVE, !server.requests.is_empty());
+            allow(kind::REPLY, !server.replies.is_empty() || !server.computed.is_empty());
+            allow(kind::DIFFER, server.differs.iter().any(Differ::has_work));
+            allow(kind::TRANSMIT, !server.dry && link.to_client.frames.len() < link.room);
+            let reads = link.to_server.is_readable() && server.session.wants_input();
+            allow(kind::TO_SERVER, reads);
+            // Nobody reads its last words: they have their time, and no more.
+            let full = link.to_client.frames.len() >= link.room;
+            allow(kind::CLOSE, full && server.session.state() == "Closed");
+        }
+        if let Some(client) = &link.client {
+            allow(kind::TO_CLIENT, link.to_client.is_readable());
+            allow(kind::WORK, follower.link == Some(link.id) && !follower.works.is_empty());
+            allow(kind::CLOSE, client.session.state() == "Closed");
+        }
+        ready
     }
-    if let Some(client) = &link.client {
-        allow(kind::TO_CLIENT, link.to_client.is_readable());
-        allow(kind::WORK, follower.link == Some(link.id) && !follower.works.is_empty());
-        allow(kind::CLOSE, client.session.state() == "Closed");
-    }
-    ready
 }
 
 /// A snapshot of a tree whose root somebody will ask for. It is computed before, so that the next snapshot has it,
