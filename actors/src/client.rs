@@ -320,7 +320,7 @@ struct Waiter {
 #[derive(Debug)]
 struct Running {
     since: Instant,
-    /// Where the stream stood.
+    /// Where the stream stood when it began at the server, or when it was asked for.
     at: Option<Position>,
     /// The table had been changed beside the server: it still is if the diff comes to nothing.
     changed: bool,
@@ -332,7 +332,7 @@ struct Running {
     /// At `SyncDone`.
     traffic: Traffic,
     waiting: Vec<oneshot::Sender<DiffOutcome>>,
-    _snapshot: Snapshot,
+    snapshot: Option<Snapshot>,
 }
 
 /// What is compared, kept until the session has done with it and then dropped away from everything else: that
@@ -548,6 +548,13 @@ impl Client {
                 }
                 Output::Root(diff, tree) => {
                     self.compute(connection, Work::Root(RootOf::Diff(diff), tree), ctx);
+                }
+                Output::Snapshot(diff) => {
+                    let tree = self.replica.tree().clone();
+                    session.handle_snapshot(diff, tree.clone());
+                    if let Some(running) = &mut self.running {
+                        (running.at, running.snapshot) = (session.stream(), Some(Snapshot(tree)));
+                    }
                 }
                 Output::Progress(progress) => self.progress(progress),
                 Output::Held { writes, deletes, keys, .. } => {
@@ -809,10 +816,10 @@ impl Client {
         let tree = self.replica.tree().clone();
         let guard = self.config.mass_delete.filter(|_| !self.allowed);
         let max_deletes = guard.map_or(u64::MAX, |guard| guard.max_deletes(tree.len()));
-        session.handle_diff(tree.clone(), self.full, max_deletes)?;
+        session.handle_diff(tree, self.full, max_deletes)?;
         self.due = false;
         if self.looks_again {
-            // Its snapshot does not know of all that is wrong.
+            // Its root does not know of all that is wrong.
             session.handle_refused();
         }
         let at = session.stream();
@@ -826,7 +833,7 @@ impl Client {
             progress: Progress::default(),
             traffic: Traffic::default(),
             waiting: std::mem::take(&mut self.next),
-            _snapshot: Snapshot(tree),
+            snapshot: None,
         });
         Ok(())
     }

@@ -158,7 +158,7 @@ pub(crate) fn walk(server: &Tree, follower: &Tree) -> anyhow::Result<(Walked, Fo
     timed(&mut walked.server, || {
         let (begun, first) = Walk::new(
             server.clone(),
-            root,
+            Some(root),
             len,
             false,
             1 << 20,

@@ -96,7 +96,7 @@ pub struct Session {
     whole: bool,
     /// It was resumed, and what it had missed is still coming.
     catching_up: bool,
-    /// The store refused a live change, or was found to be wrong, since the last snapshot for a diff.
+    /// The store refused a live change, or was found to be wrong, since the last diff began.
     refused: bool,
     /// How many `FellBehind` there were.
     jumps: u32,
@@ -126,9 +126,10 @@ enum State {
     /// What was missed comes, one change a key; so far up to this revision.
     CatchUp(Revision),
     Relay,
-    /// The snapshot is taken; its root is being computed (not yet `asked`), or asked with.
+    /// The root of a table of so many keys is being computed (not yet `asked`), or asked with.
     PreDiff {
         diff: Running,
+        len: u64,
         asked: bool,
         jumps: u32,
     },
@@ -147,7 +148,7 @@ enum State {
 struct Running {
     id: DiffId,
     full: bool,
-    /// What is walked.
+    /// What is walked, from `SyncStart` on.
     tree: Tree,
     counts: Counts,
     /// More keys than these may not be deleted.
@@ -275,6 +276,8 @@ pub enum Output {
     },
     /// Compute the root of this snapshot away from everything else, then [`Session::handle_root`].
     Root(DiffId, Tree),
+    /// The diff has its place. Snapshot the table *now*, then [`Session::handle_snapshot`].
+    Snapshot(DiffId),
     /// The end of a diff. Snapshot the table *now* and compute the root away from everything else, then
     /// [`Session::handle_root`].
     Mark(Revision),
@@ -472,8 +475,7 @@ impl Session {
             (State::PreDiff { diff, asked: true, .. }, ToClient::SyncStart { diff: id })
                 if id == diff.id =>
             {
-                self.progress(DiffPhase::Walk, &diff);
-                State::Diff { diff, answering: false }
+                self.start(diff)
             }
             (state @ State::Diff { .. }, message) => self.walked(state, message, unexpected)?,
             (state @ State::PostDiff { .. }, message) => {
@@ -649,14 +651,8 @@ impl Session {
         self.jumps = jumps;
         self.outputs.push_back(Output::FellBehind(revision));
         self.state = match state {
-            // Nobody has been asked yet, and the snapshot is from before the gap.
-            State::PreDiff { diff, asked: false, .. } => {
-                let reason = AbortReason::FellBehind;
-                self.outputs.push_back(Output::DiffAborted { diff: diff.id, reason });
-                State::Relay
-            }
             State::CatchUp(_) => State::Relay,
-            // One that was asked for before the jump was known will be refused.
+            // A diff that waits is of the table as it is when the server begins, behind the gap.
             State::Hello
             | State::Relay
             | State::PreDiff { .. }
@@ -665,6 +661,13 @@ impl Session {
             | State::Closed => state,
         };
         Ok(())
+    }
+
+    /// A diff has its place.
+    fn start(&mut self, diff: Running) -> State {
+        self.progress(DiffPhase::Walk, &diff);
+        self.outputs.push_back(Output::Snapshot(diff.id));
+        State::Diff { diff, answering: false }
     }
 
     /// A message in Diff.
@@ -825,6 +828,9 @@ impl Session {
     /// Begins a diff of this snapshot of the table as it is now. `full` compares full-width hashes,
     /// as after a mismatch. A repair that would delete more keys than `max_deletes` is held.
     ///
+    /// Only its root and its length are asked with. What is walked is a snapshot of when the server begins
+    /// ([`Output::Snapshot`]): a diff may wait for its place for long, and what comes live meanwhile would come once more.
+    ///
     /// # Errors
     /// If one is under way (until its report is out), what was missed has not come yet, or there is no
     /// connection.
@@ -849,23 +855,34 @@ impl Session {
         self.last_diff = DiffId(self.last_diff.0.wrapping_add(1));
         let id = self.last_diff;
         (self.refused, self.held) = (false, false);
-        self.outputs.push_back(Output::Root(id, tree.clone()));
-        let (counts, announced, left) = (Counts::default(), (0, 0), (0, 0));
+        let len = tree.len() as u64;
+        self.outputs.push_back(Output::Root(id, tree));
+        let (tree, counts) = (Tree::new(), Counts::default());
+        let (announced, left) = ((0, 0), (0, 0));
         let diff = Running { id, full, tree, counts, max_deletes, announced, left };
-        self.state = State::PreDiff { diff, asked: false, jumps: self.jumps };
+        self.state = State::PreDiff { diff, len, asked: false, jumps: self.jumps };
         Ok(id)
+    }
+
+    /// The snapshot that [`Output::Snapshot`] asked for.
+    pub fn handle_snapshot(&mut self, diff: DiffId, tree: Tree) {
+        if let State::Diff { diff: at, .. } = &mut self.state
+            && at.id == diff
+        {
+            at.tree = tree;
+        }
     }
 
     /// A root that was asked for by [`Output::Root`] or [`Output::Mark`].
     pub fn handle_root(&mut self, of: RootOf, root: Hash) {
         match of {
             RootOf::Diff(id) => {
-                if let State::PreDiff { diff, asked, jumps } = &mut self.state
+                if let State::PreDiff { diff, len, asked, jumps } = &mut self.state
                     && diff.id == id
                     && !*asked
                 {
                     *asked = true;
-                    let (full, len, jumps) = (diff.full, diff.tree.len() as u64, *jumps);
+                    let (full, len, jumps) = (diff.full, *len, *jumps);
                     let max_deletes = diff.max_deletes;
                     let request =
                         ToServer::SyncReq { diff: id, jumps, full, root, len, max_deletes };

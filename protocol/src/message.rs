@@ -125,13 +125,13 @@ messages! {
         1 SyncReq {
             /// Its number: higher than any before it on this connection.
             diff: DiffId,
-            /// How many `FellBehind` I had seen when I took the snapshot.
+            /// How many `FellBehind` I had seen when my table had this root.
             jumps: u32,
             /// Compare full-width hashes: short ones may have been fooled.
             full: bool,
-            /// The root of my snapshot.
+            /// The root of my table.
             root: Hash,
-            /// How many keys it has.
+            /// How many keys it had.
             len: u64,
             /// Abort as `Held` what would delete more keys than these.
             max_deletes: u64,
@@ -230,7 +230,7 @@ messages! {
             /// The chain there.
             chain: Chain,
         }
-        /// The diff begins: keys that you are sent live from here on are suppressed from it.
+        /// The diff begins, of your table as it is here: keys that you are sent live from here on are suppressed from it.
         5 SyncStart {
             /// Which.
             diff: DiffId,
@@ -407,8 +407,6 @@ codes! {
     AbortReason, None, {
         /// the follower fell behind
         0 FellBehind
-        /// the diff was asked for before the follower knew that it fell behind
-        1 Stale
         /// more keys were updated meanwhile than the server remembers
         2 Updated
         /// the walk failed

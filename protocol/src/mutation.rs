@@ -29,8 +29,8 @@ pub enum Mutation {
     EndMarkOvertakes,
     /// Send what is behind the mark of a diff before saying that it is done.
     LivePassesMark,
-    /// Begin a diff that was asked for before the follower knew of a jump.
-    StaleRequest,
+    /// Compare with the root that a diff was asked with before a jump.
+    StaleRoot,
     /// Give an answer to the Differ whatever diff it is of.
     AnswerOfAnyDiff,
 

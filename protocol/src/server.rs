@@ -49,9 +49,9 @@
 //!    is in the log, so that the stream cannot pass e before the answer that names e is here.) Keys that the walk found equal were equal in two
 //!    snapshots, and every change since, on either side, came by live: so the tables at e are equal.
 //! 7. **A jump aborts.** A cursor that fell off the log goes on at the head, and what it skipped was
-//!    neither sent nor recorded. So the diff ends, and one that was asked for before the follower knew of
-//!    the jump is refused: its snapshot could hold a value from before the gap that equals the
-//!    server's, on top of which a live change from before the gap was still to be applied.
+//!    neither sent nor recorded. So the diff ends, unless it still waits for its place: the follower takes the snapshot that is walked
+//!    where it hears `SyncStart`, behind the gap. But the root that it asked with may be the server's again, although
+//!    a live change from before the gap came on top of it, which was undone within the gap; so that root is not compared.
 //! 8. **Only the diff at hand.** Everything about a diff carries its number; a Differ, a reading or a
 //!    snapshot of an earlier one is not listened to.
 //! 9. **Bounds.** `updated` has one; past it the diff is aborted and asked for again later.
@@ -136,6 +136,10 @@ pub(crate) const MAX_CONTROL: usize = 16;
 /// Changes that leaving out must spare, for a shortened catch-up to be fewer bytes: a change is 3 bytes at
 /// the least, and what ends the catch-up is of 41.
 const WORTH_SHORTENING: u64 = 14;
+
+/// An empty follower is repaired of everything without a question, unless it was sent as many changes as this part of the table
+/// while it waited for its place: then it is asked what it has.
+const WORTH_WALKING: u64 = 8;
 
 /// More bytes of live changes than these had to go ahead of a repair that was read, and the stream is busy: it is a server, or a
 /// line, with as much to do as it can. The next repair is as small as the first one then: its changes are for one follower, live
@@ -250,8 +254,11 @@ enum State {
 struct Diff {
     id: DiffId,
     full: bool,
-    root: Hash,
+    /// What it was asked with; `None` if that was before a jump.
+    root: Option<Hash>,
     len: u64,
+    /// Where the stream stood.
+    asked_at: Revision,
     max_deletes: u64,
     served: Served,
     recording: bool,
@@ -360,9 +367,9 @@ pub enum Event {
         diff: DiffId,
         /// The snapshot.
         tree: Tree,
-        /// The follower's root.
-        root: Hash,
-        /// How many keys the follower has.
+        /// The root that the follower had when it asked, if it missed nothing since.
+        root: Option<Hash>,
+        /// How many keys the follower has, about: what it was sent while it waited may be new to it.
         len: u64,
         /// Compare full-width hashes.
         full: bool,
@@ -638,7 +645,8 @@ impl Session {
                 self.last_diff = diff;
                 self.checking.clear();
                 (self.forgotten, self.answer_until) = (None, None);
-                self.request(jumps, Diff::asked_for(diff, full, root, len, max_deletes))
+                let asked = Diff::asked_for(diff, full, root, len, self.cursor, max_deletes);
+                self.request(jumps, asked)
             }
             (State::Relay | State::Diff(_), ToServer::SyncReq { .. }) => return Err(unexpected),
             (State::Diff(at), ToServer::SyncResponse { diff, answer: Raw(answer) })
@@ -736,11 +744,9 @@ impl Session {
         State::Closed
     }
 
-    fn request(&mut self, jumps: u32, diff: Diff) -> State {
-        if jumps != self.jumps && !self.broken.breaks(Mutation::StaleRequest) {
-            let reason = AbortReason::Stale;
-            self.control.push_back(ToClient::SyncAbort { diff: diff.id, reason });
-            return State::Relay;
+    fn request(&mut self, jumps: u32, mut diff: Diff) -> State {
+        if jumps != self.jumps && !self.broken.breaks(Mutation::StaleRoot) {
+            diff.root = None;
         }
         self.events.push_back(Event::Admit(diff.id));
         State::Diff(Box::new(diff))
@@ -811,13 +817,17 @@ impl Session {
 
     /// The snapshot of the server's tree.
     pub fn handle_snapshot(&mut self, diff: DiffId, tree: Tree) {
-        let most = self.config.part_keys;
+        let (most, cursor) = (self.config.part_keys, self.cursor);
         let Some(at) = self.diff(diff) else { return };
         match &mut at.phase {
             Phase::Snapshot => {
                 at.recording = true;
                 at.phase = Phase::Walk { asked: false };
-                let (root, len, full) = (at.root, at.len, at.full);
+                let (root, full) = (at.root, at.full);
+                let sent = cursor.0.saturating_sub(at.asked_at.0);
+                let little = sent <= tree.len() as u64 / WORTH_WALKING;
+                let nothing = at.len == 0 && root.is_some() && little;
+                let len = if nothing { 0 } else { at.len.saturating_add(sent).max(1) };
                 self.events.push_back(Event::Walk { diff, tree, root, len, full });
             }
             Phase::Repair(repair) if repair.collecting && !repair.rest.is_empty() => {
@@ -1216,10 +1226,15 @@ impl Session {
 
     /// Rule 7.
     fn jump(&mut self, log: &Log) {
-        if let State::Diff(at) = &self.state
-            && !self.broken.breaks(Mutation::JumpKeepsDiff)
-        {
-            self.abort(at.id, AbortReason::FellBehind);
+        if let State::Diff(at) = &mut self.state {
+            let id = at.id;
+            if at.phase != Phase::Queued {
+                if !self.broken.breaks(Mutation::JumpKeepsDiff) {
+                    self.abort(id, AbortReason::FellBehind);
+                }
+            } else if !self.broken.breaks(Mutation::StaleRoot) {
+                at.root = None;
+            }
         }
         self.jumps = self.jumps.wrapping_add(1);
         self.missed = None;
@@ -1417,12 +1432,20 @@ impl State {
 }
 
 impl Diff {
-    fn asked_for(id: DiffId, full: bool, root: Hash, len: u64, max_deletes: u64) -> Self {
+    fn asked_for(
+        id: DiffId,
+        full: bool,
+        root: Hash,
+        len: u64,
+        asked_at: Revision,
+        max_deletes: u64,
+    ) -> Self {
         Self {
             id,
             full,
-            root,
+            root: Some(root),
             len,
+            asked_at,
             max_deletes,
             served: Served::default(),
             recording: false,

@@ -52,6 +52,36 @@ async fn only_one_diff_at_a_time_and_only_when_connected() {
     assert_eq!(report(&mut events).await.written, 20_000);
 }
 
+#[actix_rt::test]
+async fn what_came_while_a_diff_waited_does_not_come_again() {
+    let config = ServerConfig { diffs_at_once: 1, ..ServerConfig::default() };
+    let (server, address) = serve(config, filled(5000)).await;
+    let client = follower(address, filled(5000));
+    assert!(connect(&client).await.equal());
+    let mut holds = hello(address).await;
+    ask_for_diff(&mut holds).await;
+    assert!(matches!(read_message(&mut holds).await, Some(ToClient::SyncStart { .. })));
+    client.write(key(0), "its own").await.unwrap();
+    let mut events = client.events().await.unwrap();
+    let diff = actix_rt::spawn({
+        let client = client.clone();
+        async move { client.diff().await }
+    });
+    let queued = |event: &Event| matches!(event, Event::Progress(_)).then_some(());
+    event(&mut events, queued).await;
+    let mut last = None;
+    for number in 1..1000 {
+        last = server.write(key(number), "live").await.unwrap().position();
+    }
+    // Its own write is known to it, so that it is nowhere.
+    within(async { while client.status().await.unwrap().stream != last {} }).await;
+    drop(holds);
+    let DiffOutcome::Done(report) = within(diff).await.unwrap().unwrap() else { panic!() };
+    assert_eq!((report.written, report.suppressed, report.deleted), (1, 0, 0), "{report:?}");
+    assert!(report.bytes_received < 200_000, "{report:?}");
+    assert_converges(&server, &client).await;
+}
+
 /// Writes to every tenth key until told to stop.
 fn keep_writing(server: &Server, keys: usize) -> tokio::sync::oneshot::Sender<()> {
     let (stop, mut stopped) = tokio::sync::oneshot::channel();

@@ -298,7 +298,7 @@ async fn statuses_survive_json() {
         for (reason, seconds) in [
             (tablecast::AbortReason::Held, 0.1),
             (tablecast::AbortReason::Busy, 123_456.789_012_345),
-            (tablecast::AbortReason::Stale, 1e-9),
+            (tablecast::AbortReason::Walk, 1e-9),
         ] {
             other.lag_time = Duration::from_secs_f64(seconds);
             let last = other.last_diff.as_mut().unwrap();

@@ -26,7 +26,7 @@ pub(crate) struct Abandon;
 pub(crate) struct Order {
     pub(crate) diff: DiffId,
     pub(crate) tree: Tree,
-    pub(crate) root: Hash,
+    pub(crate) root: Option<Hash>,
     pub(crate) len: u64,
     pub(crate) full: bool,
     pub(crate) max_bytes: usize,

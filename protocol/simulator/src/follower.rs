@@ -343,6 +343,9 @@ impl World<'_> {
                 Output::Root(diff, tree) => {
                     follower.works.add(link.id, Work::Root(RootOf::Diff(diff), tree));
                 }
+                Output::Snapshot(diff) => {
+                    client.session.handle_snapshot(diff, follower.replica.tree().clone());
+                }
                 Output::Mark(revision) => {
                     let tree = hashed(follower.replica.tree());
                     follower.works.add(link.id, Work::Root(RootOf::Mark(revision), tree));

@@ -179,7 +179,7 @@ pub(crate) struct Differ {
     pub(crate) diff: DiffId,
     walk: Option<Walk>,
     tree: Tree,
-    root: Hash,
+    root: Option<Hash>,
     len: u64,
     full: bool,
     answers: VecDeque<Answer>,

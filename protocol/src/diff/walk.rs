@@ -10,8 +10,7 @@ use crate::tree::{Entry, Hash, KeyPrefix, LEAF_ENTRIES, Path, Subtree, Tree};
 /// that has 60 million keys that the server lacks. A hostile one can make the server remember no more.
 const MAX_BELOW: usize = 1 << 22;
 
-/// Most prefixes to delete at that may be found, about 1.1 GB of them, and no more than the follower has keys. A hostile
-/// one could name new ones without end.
+/// Most prefixes to delete at that may be found, about 1.1 GB of them. A hostile follower could name new ones without end.
 const MAX_DELETES: usize = 1 << 26;
 
 /// After an answer that leaves nodes open, so many times as many as it covered are asked for at most. Else a
@@ -50,7 +49,7 @@ fn small(len: u64) -> u32 {
 /// follower.insert(b"extra", b"value");
 ///
 /// let (root, len) = (follower.root(), follower.len() as u64);
-/// let (mut walk, mut step) = Walk::new(server, root, len, false, 1 << 20, 10_000);
+/// let (mut walk, mut step) = Walk::new(server, Some(root), len, false, 1 << 20, 10_000);
 /// let difference = loop {
 ///     match step {
 ///         Step::Ask(query) => {
@@ -72,8 +71,6 @@ pub struct Walk {
     query_bytes: usize,
     /// Most nodes of the next query.
     query_nodes: usize,
-    /// Most deletes.
-    max_deletes: usize,
     /// The nodes of the query in flight, all at one depth.
     asked: Vec<Path>,
     /// How many of them are answered.
@@ -108,7 +105,7 @@ pub struct Found {
 }
 
 impl Walk {
-    /// Begins a walk against a follower whose snapshot has this root and length, and decides the
+    /// Begins a walk against a follower whose table had this root, if it is of use, and has about so many keys, and decides the
     /// first step. Equal roots and an empty follower end it at once: what `SyncReq` brought is
     /// enough.
     ///
@@ -116,7 +113,7 @@ impl Walk {
     /// [`Found::first`] has at most, if that is not a large part of them ([`collect`]).
     pub fn new(
         tree: Tree,
-        root: Hash,
+        root: Option<Hash>,
         len: u64,
         full: bool,
         max_bytes: usize,
@@ -135,7 +132,6 @@ impl Walk {
             levels,
             query_bytes: max_bytes.min(QUERY_BYTES),
             query_nodes: usize::MAX,
-            max_deletes: usize::try_from(len).unwrap_or(usize::MAX).min(MAX_DELETES),
             asked: Vec::new(),
             answered: 0,
             below: Vec::new(),
@@ -145,7 +141,7 @@ impl Walk {
         if len == 0 {
             // Without a root, for which all that changed would be hashed.
             walk.found.write_all(&Path::ROOT, walk.tree.subtree(&Path::ROOT), part_keys);
-        } else if walk.tree.root() != root {
+        } else if root.is_none_or(|root| walk.tree.root() != root) {
             walk.asked.push(Path::ROOT);
         }
         let step = walk.step();
@@ -180,8 +176,8 @@ impl Walk {
         if self.below.len() > MAX_BELOW {
             return Err(malformed("more nodes differ than a server remembers"));
         }
-        if self.found.first.deletes.len() > self.max_deletes {
-            return Err(malformed("it has more keys than the follower said"));
+        if self.found.first.deletes.len() > MAX_DELETES {
+            return Err(malformed("more keys are to be deleted than a server remembers"));
         }
         if self.answered == before && before < self.asked.len() {
             return Err(malformed("it covers no node"));

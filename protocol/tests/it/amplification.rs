@@ -254,6 +254,7 @@ impl ClientEnd {
                     session.handle_answer(diff, answer(&tree, &query, max_bytes).unwrap());
                 }
                 Output::Root(diff, tree) => session.handle_root(RootOf::Diff(diff), tree.root()),
+                Output::Snapshot(diff) => session.handle_snapshot(diff, tree),
                 Output::Mark(at) => session.handle_root(RootOf::Mark(at), tree.root()),
                 Output::Checkpoint(n) => session.handle_root(RootOf::Checkpoint(n), tree.root()),
                 Output::Repair { diff, .. } => session.handle_repaired(diff, 0, 0, NOW),

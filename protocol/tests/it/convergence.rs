@@ -163,7 +163,7 @@ fn the_runs_are_not_idle() {
         (total.suppressed, "suppressed keys"),
         (total.jumps, "jumps"),
         (total.aborts, "aborts"),
-        (total.stale, "stale requests"),
+        (total.stale, "diffs asked for before a jump"),
         (total.overflows, "overflows"),
         (total.queued, "queued diffs"),
         (total.cuts, "cuts"),
@@ -227,11 +227,6 @@ fn notices_a_missing_hold() {
 }
 
 #[test]
-fn notices_a_differ_of_an_earlier_diff() {
-    caught(Mutation::StaleDiffer);
-}
-
-#[test]
 fn notices_a_position_kept_in_a_shortened_catch_up() {
     caught(Mutation::CatchUpKeepsPosition);
 }
@@ -249,7 +244,6 @@ fn notices_most_other_mutations() {
         Mutation::PartCutShort,
         Mutation::EndMarkOvertakes,
         Mutation::LivePassesMark,
-        Mutation::StaleRequest,
         Mutation::HeldRepairsSent,
         Mutation::ResumeAtHead,
         Mutation::CaughtUpEarly,

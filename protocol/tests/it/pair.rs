@@ -99,6 +99,7 @@ pub struct Stats {
     pub suppressed: u64,
     pub jumps: u64,
     pub aborts: u64,
+    /// Diffs that were asked for before a jump.
     pub stale: u64,
     pub overflows: u64,
     pub queued: u64,
@@ -174,7 +175,7 @@ struct Differ {
     diff: DiffId,
     walk: Option<Walk>,
     tree: Tree,
-    root: Hash,
+    root: Option<Hash>,
     len: u64,
     full: bool,
     answers: VecDeque<Answer>,
@@ -525,16 +526,19 @@ impl World {
         let Some(link) = &mut self.followers[index].link else { return };
         while let Some(event) = link.server.poll_event() {
             match event {
-                Event::Walk { diff, tree, root, len, full } => link.differs.push(Differ {
-                    diff,
-                    walk: None,
-                    tree,
-                    root,
-                    len,
-                    full,
-                    answers: VecDeque::new(),
-                    stopping: false,
-                }),
+                Event::Walk { diff, tree, root, len, full } => {
+                    self.stats.stale += u64::from(root.is_none());
+                    link.differs.push(Differ {
+                        diff,
+                        walk: None,
+                        tree,
+                        root,
+                        len,
+                        full,
+                        answers: VecDeque::new(),
+                        stopping: false,
+                    });
+                }
                 Event::Answer(diff, answer) => {
                     if let Some(differ) = link.differs.iter_mut().find(|d| d.diff == diff) {
                         differ.answers.push_back(answer);
@@ -740,6 +744,9 @@ impl World {
                     follower.allows = true;
                     follower.wants_diff = true;
                 }
+                Output::Snapshot(diff) => {
+                    link.client.handle_snapshot(diff, follower.replica.tree().clone());
+                }
                 Output::Mark(revision) => {
                     let tree = follower.replica.tree().clone();
                     link.work.push_back(Work::Root(RootOf::Mark(revision), tree));
@@ -767,10 +774,7 @@ impl World {
                         format!("follower {index} has diverged at {revision}")
                     })?;
                 }
-                Output::DiffAborted { reason, .. } => {
-                    follower.wants_diff = true;
-                    self.stats.stale += u64::from(reason == AbortReason::Stale);
-                }
+                Output::DiffAborted { .. } => follower.wants_diff = true,
                 Output::Close(close) => {
                     return Err(format!("follower {index} closes: {close}"));
                 }

@@ -431,6 +431,68 @@ fn the_server_closes_on_a_diff_before_the_last_is_compared() {
     assert_eq!(end.message(sync_req(NEXT_DIFF)).events, [Event::Admit(NEXT_DIFF)]);
 }
 
+/// One that falls behind over and over while it waits would never be repaired. What it asked with says nothing any more.
+#[test]
+fn a_diff_that_waits_outlives_a_jump() {
+    let walk = |end: &mut ServerEnd| {
+        end.act(|session| session.handle_admitted(DIFF));
+        end.act(|session| session.handle_snapshot(DIFF, server_tree()));
+        let [Event::Walk { root, len, .. }] = end.events[..] else { panic!("{:?}", end.events) };
+        (root, len)
+    };
+    let (asked, root) = (follower_tree().len() as u64, follower_tree().root());
+    assert_eq!(walk(&mut server_stage("queued")), (Some(root), asked));
+
+    for len in [0, asked] {
+        let mut end = server_stage("relay");
+        let ToServer::SyncReq { diff, full, max_deletes, .. } = sync_req(DIFF) else { panic!() };
+        end.message(ToServer::SyncReq { diff, jumps: 0, full, root, len, max_deletes });
+        // Holds one chunk, so that whoever is two behind falls off.
+        end.log = Log::new(1, Revision::ZERO, Chain::START);
+        let mut table = server_table();
+        push(&mut table, &mut end.log, 2);
+        end.act(|_| {});
+        assert!(matches!(end.sent[..], [ToClient::FellBehind { .. }]), "{:?}", end.sent);
+        assert_eq!(walk(&mut end), (None, len + 2));
+
+        // It was asked for before the follower knew of it.
+        let mut end = server_stage("relay");
+        end.message(ToServer::SyncReq { diff, jumps: 7, full, root, len, max_deletes });
+        assert_eq!(end.events, [Event::Admit(DIFF)]);
+        assert_eq!(walk(&mut end), (None, len.max(1)));
+    }
+}
+
+#[test]
+fn an_empty_follower_that_was_sent_much_while_it_waited_is_asked() {
+    let server = Tree::build((0..80_u8).map(|n| ([n], "value")));
+    for (sent, len) in [(0, 0), (10, 0), (11, 11)] {
+        let mut end = server_stage("relay");
+        let ToServer::SyncReq { diff, jumps, full, max_deletes, .. } = sync_req(DIFF) else {
+            panic!()
+        };
+        let root = Tree::new().root();
+        end.message(ToServer::SyncReq { diff, jumps, full, root, len: 0, max_deletes });
+        push(&mut server_table(), &mut end.log, sent);
+        end.act(|_| {});
+        assert_eq!(end.sent.len(), sent);
+        end.act(|session| session.handle_admitted(DIFF));
+        end.act(|session| session.handle_snapshot(DIFF, server.clone()));
+        let walked = matches!(end.events[..], [Event::Walk { len: asked, .. }] if asked == len);
+        assert!(walked, "{sent}: {:?}", end.events);
+    }
+}
+
+/// So many changes, each in a frame of its own.
+fn push(table: &mut Table, log: &mut Log, changes: usize) {
+    for number in 0..changes {
+        table.write(&[Change::write("a", number.to_string())]).unwrap();
+        table.seal();
+        let (chunk, chain) = table.next_chunk().unwrap();
+        log.push(chunk, chain, NOW);
+    }
+}
+
 #[test]
 fn the_server_ignores_the_root_of_an_earlier_mark() {
     // Holds one chunk, so that whoever is two behind falls off.
@@ -512,10 +574,9 @@ fn the_server_closes_on_a_diff_number_used_before() {
         assert_eq!(server_stage(stage).message(sync_req(DiffId(9))).session.state(), "Diff");
     }
     // A number is used up by a diff that was refused, too.
-    let mut end = server_stage("relay");
-    let ToServer::SyncReq { diff, full, root, len, .. } = sync_req(DIFF) else { panic!() };
-    end.message(ToServer::SyncReq { diff, jumps: 1, full, root, len, max_deletes: 0 });
-    assert_eq!(end.sent, [ToClient::SyncAbort { diff, reason: AbortReason::Stale }]);
+    let mut end = server_stage("queued");
+    end.act(|session| session.handle_busy(DIFF));
+    assert_eq!(end.sent, [ToClient::SyncAbort { diff: DIFF, reason: AbortReason::Busy }]);
     assert_eq!(end.session.state(), "Relay");
     let before = end.clone();
     end.message(sync_req(DIFF)).closes(&before, "the number of a refused diff");
@@ -546,7 +607,8 @@ fn the_server_closes_on_a_malformed_answer() {
     let before = server_stage("answered");
     let mut end = before.clone();
     let [Event::Answer(..)] = &before.events[..] else { panic!() };
-    let (mut walk, _) = Walk::new(server_tree(), follower_tree().root(), 2, false, 1 << 20, 100);
+    let (mut walk, _) =
+        Walk::new(server_tree(), Some(follower_tree().root()), 2, false, 1 << 20, 100);
     let error = walk.handle_answer(&Answer::from_static(&[7])).unwrap_err();
     end.act(|session| session.handle_bad_answer(DIFF, &error));
     assert_eq!(end.closes(&before, "a bad answer"), "malformed answer: it is cut off");
@@ -740,9 +802,11 @@ fn a_mark_is_answered_as_often_as_its_root_is_sent() {
 #[derive(Clone)]
 struct ClientEnd {
     session: client::Session,
-    /// All but how far a diff is.
+    /// All but how far a diff is, and that a snapshot is wanted.
     outputs: Vec<Output>,
     progress: Vec<Progress>,
+    /// What is there when a diff begins at the server.
+    tree: Tree,
 }
 
 impl ClientEnd {
@@ -756,7 +820,8 @@ impl ClientEnd {
         if let Some(mutation) = BROKEN.get() {
             session.mutate(mutation);
         }
-        let mut end = Self { session, outputs: Vec::new(), progress: Vec::new() };
+        let (outputs, progress) = (Vec::new(), Vec::new());
+        let mut end = Self { session, outputs, progress, tree: follower_tree() };
         end.act(|_| {});
         assert!(matches!(end.outputs[..], [Output::Send(ToServer::Hello { .. })]));
         end
@@ -768,6 +833,7 @@ impl ClientEnd {
         self.progress.clear();
         while let Some(output) = self.session.poll_output() {
             match output {
+                Output::Snapshot(diff) => self.session.handle_snapshot(diff, self.tree.clone()),
                 Output::Progress(progress) => self.progress.push(progress),
                 output => self.outputs.push(output),
             }
@@ -1914,6 +1980,7 @@ fn the_server_holds_a_repair_that_deletes_too_much() {
 /// Has asked for a diff of this tree, and been told what it comes to.
 fn announced(tree: &Tree, max_deletes: u64, writes: u64, deletes: u64) -> ClientEnd {
     let mut end = client_stage("relay");
+    end.tree = tree.clone();
     end.act(|session| {
         assert_eq!(session.handle_diff(tree.clone(), false, max_deletes), Ok(DIFF));
     });
@@ -2171,7 +2238,7 @@ fn the_client_closes_on_prefixes_that_hit_more_keys_than_allowed() {
 fn queries_hold_what_a_frame_does() {
     let tree = Tree::build((0..2000_u32).map(|n| (n.to_be_bytes(), "value")));
     let follower = Tree::build((0..2000_u32).map(|n| (n.to_be_bytes(), "other")));
-    let (mut walk, mut step) = Walk::new(tree, follower.root(), 2000, false, 7, 10_000);
+    let (mut walk, mut step) = Walk::new(tree, Some(follower.root()), 2000, false, 7, 10_000);
     let mut queries = 0;
     let found = loop {
         match step {
@@ -2206,11 +2273,12 @@ fn repairs_hold_what_a_frame_does() {
     end.act(|session| session.handle_snapshot(DIFF, table.tree().clone()));
     // A follower that has 200 keys too many, and none of the server's.
     let extra = Tree::build((0..200_u8).map(|n| ([n, n], "")));
-    let (mut walk, step) = Walk::new(Tree::new(), extra.root(), 200, true, 1 << 20, 1000);
+    let (mut walk, step) = Walk::new(Tree::new(), Some(extra.root()), 200, true, 1 << 20, 1000);
     let Step::Ask(query) = step else { panic!() };
     let step = walk.handle_answer(&answer(&extra, &query, 1 << 20).unwrap()).unwrap();
     let Step::Done(Found { first: Difference { deletes, .. }, .. }) = step else { panic!() };
-    let (_, step) = Walk::new(table.tree().clone(), Tree::new().root(), 0, true, 1 << 20, 1000);
+    let (_, step) =
+        Walk::new(table.tree().clone(), Some(Tree::new().root()), 0, true, 1 << 20, 1000);
     let Step::Done(Found { first: Difference { writes, .. }, .. }) = step else { panic!() };
     let first = Difference { writes, deletes };
     assert_eq!(first.len(), 400);
@@ -2280,7 +2348,7 @@ fn what_is_found_is_collected_part_by_part() {
         end.act(|session| session.handle_snapshot(DIFF, table.tree().clone()));
         // As if the follower were empty.
         let (tree, root) = (table.tree().clone(), Tree::new().root());
-        let (_, step) = Walk::new(tree, root, 0, true, 1 << 20, config.part_keys);
+        let (_, step) = Walk::new(tree, Some(root), 0, true, 1 << 20, config.part_keys);
         end.act(|session| session.handle_step(DIFF, step));
         assert!(matches!(end.sent[..], [ToClient::SyncSeq { writes: 10, deletes: 0, .. }]));
         end
@@ -2422,11 +2490,8 @@ fn who_asks_and_does_not_read_is_not_read_from() {
     let mut end = server_stage("relay");
     for number in 1..1000 {
         assert!(number < 100, "there is no end to what waits");
-        // As if it did not know yet of a jump: each is aborted.
-        let mut request = sync_req(DiffId(number));
-        let ToServer::SyncReq { jumps, .. } = &mut request else { unreachable!() };
-        *jumps += 1;
-        end.session.handle_message(request, NOW);
+        end.session.handle_message(sync_req(DiffId(number)), NOW);
+        end.session.handle_busy(DiffId(number));
         assert_ne!(end.session.state(), "Closed", "{number}");
         if !end.session.wants_input() {
             break;
@@ -2495,7 +2560,8 @@ fn repair_sizes(repairs: impl IntoIterator<Item = (u32, usize)>) -> Vec<usize> {
     let mut table = Table::open(entries.collect::<MemoryStore>(), Limits::default()).unwrap();
     table.ready(epoch());
     let mut end = server_stage("walk");
-    let (_, step) = Walk::new(table.tree().clone(), Tree::new().root(), 0, false, 1 << 20, 10_000);
+    let (_, step) =
+        Walk::new(table.tree().clone(), Some(Tree::new().root()), 0, false, 1 << 20, 10_000);
     end.act(|session| session.handle_step(DIFF, step));
     let mut sizes = Vec::new();
     for (micros, live_bytes) in repairs {
@@ -2583,6 +2649,24 @@ fn the_client_closes_on_the_number_of_another_diff() {
             deletes: Raw::default(),
         },
     );
+}
+
+/// What comes live while a diff waits for its place would come once more.
+#[test]
+fn what_is_walked_is_the_table_where_the_diff_begins() {
+    let mut end = client_stage("waiting");
+    end.tree = server_tree();
+    end.message(ToClient::SyncStart { diff: DIFF });
+    end.message(ToClient::SyncRequest { diff: DIFF, query: query() });
+    let [Output::Answer { tree, .. }] = &end.outputs[..] else { panic!("{:?}", end.outputs) };
+    assert_eq!(*tree, server_tree());
+    // Nor is a jump before it the end of it.
+    for stage in ["preparing", "waiting"] {
+        let mut end = client_stage(stage);
+        end.message(to_client("FellBehind", &end.clone()));
+        assert_eq!(end.outputs, [Output::FellBehind(START.plus(5))], "{stage}");
+        assert_eq!(end.session.state(), "PreDiff");
+    }
 }
 
 #[test]
@@ -2817,6 +2901,7 @@ fn notices_what_is_broken() {
         (M::HeldRepairsSent, the_server_holds_a_repair_that_deletes_too_much),
         (M::DiffNumberTwice, the_server_closes_on_a_diff_number_used_before),
         (M::DiffWhileComparing, the_server_closes_on_a_diff_before_the_last_is_compared),
+        (M::StaleRoot, a_diff_that_waits_outlives_a_jump),
         (M::ResumeAtHead, small_frames_that_were_missed_are_put_together),
         (M::CaughtUpEarly, small_frames_that_were_missed_are_put_together),
         (M::CatchUpKeepsPosition, a_shortened_catch_up_has_a_position_at_its_end),

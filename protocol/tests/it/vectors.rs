@@ -326,7 +326,7 @@ fn the_walk_of_the_page() {
         server.remove(in_node(0).key());
         server.insert(in_node(7).key(), b"another");
         let (mut walk, step) =
-            Walk::new(server, follower.root(), follower.len() as u64, false, 1 << 20, 100);
+            Walk::new(server, Some(follower.root()), follower.len() as u64, false, 1 << 20, 100);
         assert_eq!(step, Step::Ask(root_query()));
         let step = walk.handle_answer(&answer(&follower, &root_query(), 1 << 20).unwrap()).unwrap();
         assert_eq!(step, Step::Ask(node_query()));

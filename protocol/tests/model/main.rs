@@ -158,7 +158,7 @@ fn hunts() -> Vec<(Mutation, Bounds)> {
         (M::SuppressAtReading, Bounds { repair_window: 1, ..two() }),
         (M::EndMarkOvertakes, two()),
         (M::LivePassesMark, one()),
-        (M::StaleRequest, Bounds { writes: 3, diffs: 1, log_bytes: 1, ..back() }),
+        (M::StaleRoot, Bounds { writes: 3, diffs: 1, log_bytes: 1, ..back() }),
         (M::ResumeAtHead, back()),
         (M::CaughtUpEarly, back()),
         (M::MarkAnywhere, Bounds { checkpoints: 1, ..one() }),

@@ -213,7 +213,7 @@ struct Differ {
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 enum Input {
-    Begin { tree: Tree, root: Hash, len: u64, full: bool },
+    Begin { tree: Tree, root: Option<Hash>, len: u64, full: bool },
     Answer(Answer),
 }
 
@@ -751,6 +751,10 @@ impl World {
                 }
                 Output::Root(diff, tree) => {
                     link.work.push_back(Work::Root(RootOf::Diff(diff), tree));
+                }
+                Output::Snapshot(diff) => {
+                    let tree = follower.replica().0.tree().clone();
+                    follower.link.as_mut().unwrap().client.handle_snapshot(diff, tree);
                 }
                 Output::Mark(revision) => {
                     let tree = follower.replica().0.tree().clone();

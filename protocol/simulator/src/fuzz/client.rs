@@ -60,6 +60,7 @@ struct Client {
     allowed: usize,
     /// Keys that the diff at hand may delete still.
     deletes: u64,
+    max_deletes: u64,
     /// How many of the next repairs the store refuses.
     refuses: u32,
     /// The connection is closed.
@@ -88,6 +89,7 @@ impl Client {
             sent: 0,
             allowed: ONCE,
             deletes: 0,
+            max_deletes: 0,
             refuses: 0,
             ended: false,
         })
@@ -151,9 +153,8 @@ impl Client {
     fn diff(&mut self, u: &mut Unstructured<'_>) -> Result<()> {
         let (tree, full) = (self.replica.tree().clone(), u.arbitrary()?);
         let max_deletes = *u.choose(&[u64::MAX, 0, 2])?;
-        let most = max_deletes.min(tree.len() as u64);
         if self.session.handle_diff(tree, full, max_deletes).is_ok() {
-            self.deletes = most + most / 8 + 16;
+            self.max_deletes = max_deletes;
             self.allowed += UNASKED;
         }
         Ok(())
@@ -205,6 +206,12 @@ impl Client {
                 }
                 Output::Root(diff, tree) => {
                     self.work.push_back(Work::Root(RootOf::Diff(diff), tree));
+                }
+                Output::Snapshot(diff) => {
+                    let tree = self.replica.tree().clone();
+                    let most = self.max_deletes.min(tree.len() as u64);
+                    self.deletes = most + most / 8 + 16;
+                    self.session.handle_snapshot(diff, tree);
                 }
                 Output::Mark(revision) => {
                     let tree = self.replica.tree().clone();
