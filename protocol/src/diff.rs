@@ -32,7 +32,7 @@ pub use walk::{Found, Step, Walk};
 
 use crate::error::ProtocolError;
 use crate::tree::{Entry, Hash, KeyHash, KeyPrefix, LEAF_ENTRIES, Path};
-use crate::wire::Raw;
+use crate::wire::{AsIs, Raw};
 
 /// Most levels below a node that one query may ask for: 16^3 hashes a node.
 pub const MAX_LEVELS: u8 = 3;
@@ -92,6 +92,13 @@ impl Widths {
     }
 }
 
+impl<'de> Deserialize<'de> for Widths {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let (node, key, entry) = Deserialize::deserialize(AsIs(deserializer))?;
+        Ok(Self { node, key, entry })
+    }
+}
+
 /// What is at these nodes? All are at one depth.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Query {
@@ -117,9 +124,9 @@ impl Serialize for Query {
 
 impl<'de> Deserialize<'de> for Query {
     fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        let (depth, levels, small, (node, key, entry), Raw(nodes)) =
-            Deserialize::deserialize(deserializer)?;
-        Ok(Self { depth, levels, small, widths: Widths { node, key, entry }, nodes })
+        let (depth, levels, small, widths, Raw(nodes)) =
+            Deserialize::deserialize(AsIs(deserializer))?;
+        Ok(Self { depth, levels, small, widths, nodes })
     }
 }
 

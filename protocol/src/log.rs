@@ -210,7 +210,8 @@ impl Log {
 
     /// The chunk that begins at `cursor`. O(log n).
     pub fn at(&self, cursor: Revision) -> Next<'_> {
-        if cursor > self.head {
+        // There is nothing behind the last number.
+        if cursor > self.head || self.head.next() == self.head {
             return Next::End;
         }
         match self.chunks.get(self.index(cursor)) {

@@ -95,7 +95,7 @@ macro_rules! messages {
                         }
                     }
                 }
-                deserializer.deserialize_seq(Tagged)
+                deserializer.deserialize_any(Tagged)
             }
         }
     };

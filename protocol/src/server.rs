@@ -639,8 +639,7 @@ impl Session {
             }
             (State::Relay, ToServer::SyncReq { diff, jumps, full, root, len, max_deletes })
                 if (diff > self.last_diff || self.broken.breaks(Mutation::DiffNumberTwice))
-                    && (self.mark_due.is_none() && self.verifying.is_none()
-                        || self.broken.breaks(Mutation::DiffWhileComparing)) =>
+                    && self.may_ask() =>
             {
                 self.last_diff = diff;
                 self.checking.clear();
@@ -687,6 +686,13 @@ impl Session {
             }
         };
         Ok(())
+    }
+
+    /// Whether a diff may be asked for: what was missed has been sent, and the last diff is done with at both ends.
+    fn may_ask(&self) -> bool {
+        let compared = self.mark_due.is_none() && self.verifying.is_none();
+        let free = self.missed.is_none() && self.unacknowledged == 0;
+        free && (compared || self.broken.breaks(Mutation::DiffWhileComparing))
     }
 
     /// The follower's root at a mark. Whether it is one that may come.

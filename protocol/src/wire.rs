@@ -13,6 +13,7 @@
 use std::fmt;
 
 use bytes::{BufMut, Bytes, BytesMut};
+use rmp::Marker;
 use serde::de::{
     self, Deserialize, DeserializeOwned, Deserializer, IgnoredAny, SeqAccess, Visitor,
 };
@@ -21,7 +22,7 @@ use serde::{Serialize, Serializer};
 use crate::change::Change;
 use crate::error::DecodeError;
 use crate::limits::{Limits, MAX_CHANGES};
-use crate::message::ToClient;
+use crate::message::{ToClient, clip};
 use crate::position::{Chain, Revision};
 
 /// The version of messages and sessions. Two ends with different ones refuse each other.
@@ -76,11 +77,15 @@ pub fn encode<M: Message>(message: &M) -> Bytes {
 /// If it is no message of this version, or holds something above a limit.
 pub fn decode<M: Message>(payload: &[u8], limits: &Limits) -> Result<M, DecodeError> {
     let bytes = payload.len();
+    let malformed = |why: String| DecodeError::Malformed { bytes, why };
+    if bytes > TEXT_BYTES && has_long_text(payload) {
+        return Err(malformed(format!("a text is above {TEXT_BYTES} bytes")));
+    }
     let mut decoder = rmp_serde::Deserializer::from_read_ref(payload);
     decoder.set_max_depth(MAX_DEPTH);
     let message = M::deserialize(&mut decoder).map_err(|error| {
         other_version::<M>(payload)
-            .unwrap_or_else(|| DecodeError::Malformed { bytes, why: error.to_string() })
+            .unwrap_or_else(|| malformed(clip(&error.to_string(), WHY_BYTES).to_owned()))
     })?;
     // Only where there is no further byte does the decoder miss the marker of a truth value: it looks
     // into nothing that is longer.
@@ -90,6 +95,74 @@ pub fn decode<M: Message>(payload: &[u8], limits: &Limits) -> Result<M, DecodeEr
     }
     message.check(limits)?;
     Ok(message)
+}
+
+/// Longest text in a message. The decoder repeats one that stands where none belongs, each of its bytes as up to six.
+const TEXT_BYTES: usize = 4096;
+
+/// How much of what the decoder says is kept.
+const WHY_BYTES: usize = 256;
+
+/// Whether any of the values in a payload is a longer text: from marker to marker, whatever they mean.
+fn has_long_text(payload: &[u8]) -> bool {
+    let mut left = payload;
+    while let Some((first, behind)) = left.split_first() {
+        // The length that is told in so many bytes.
+        let told = |count: usize| {
+            let told = behind.get(..count).unwrap_or_default();
+            (count, told.iter().fold(0_usize, |length, byte| length << 8 | usize::from(*byte)))
+        };
+        let marker = Marker::from_u8(*first);
+        let (of_length, length) = match marker {
+            Marker::FixStr(length) => (0, length.into()),
+            Marker::Str8 | Marker::Bin8 => told(1),
+            Marker::Str16 | Marker::Bin16 => told(2),
+            Marker::Str32 | Marker::Bin32 => told(4),
+            Marker::U8 | Marker::I8 => (1, 0),
+            Marker::U16 | Marker::I16 | Marker::Array16 | Marker::Map16 => (2, 0),
+            Marker::U32 | Marker::I32 | Marker::F32 | Marker::Array32 | Marker::Map32 => (4, 0),
+            Marker::U64 | Marker::I64 | Marker::F64 => (8, 0),
+            Marker::FixPos(_)
+            | Marker::FixNeg(_)
+            | Marker::Null
+            | Marker::True
+            | Marker::False
+            | Marker::FixArray(_)
+            | Marker::FixMap(_) => (0, 0),
+            // In no message.
+            Marker::FixExt1
+            | Marker::FixExt2
+            | Marker::FixExt4
+            | Marker::FixExt8
+            | Marker::FixExt16
+            | Marker::Ext8
+            | Marker::Ext16
+            | Marker::Ext32
+            | Marker::Reserved => return false,
+        };
+        let text = matches!(marker, Marker::Str8 | Marker::Str16 | Marker::Str32);
+        if text && length > TEXT_BYTES {
+            return true;
+        }
+        left = behind.get(of_length.saturating_add(length)..).unwrap_or_default();
+    }
+    false
+}
+
+/// Hands on what is there, whatever is expected: a list is an array then. MessagePack's decoder takes raw bytes for a list of numbers.
+pub(crate) struct AsIs<D>(pub(crate) D);
+
+impl<'de, D: Deserializer<'de>> Deserializer<'de> for AsIs<D> {
+    type Error = D::Error;
+
+    fn deserialize_any<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, D::Error> {
+        self.0.deserialize_any(visitor)
+    }
+
+    serde::forward_to_deserialize_any! {
+        bool i8 i16 i32 i64 i128 u8 u16 u32 u64 u128 f32 f64 char str string bytes byte_buf option unit
+        unit_struct newtype_struct seq tuple tuple_struct map struct enum identifier ignored_any
+    }
 }
 
 /// What is the same in every version: the first message begins with its tag and its version.
@@ -112,7 +185,7 @@ fn other_version<M: Message>(payload: &[u8]) -> Option<DecodeError> {
                     Ok(peek)
                 }
             }
-            deserializer.deserialize_seq(Seq)
+            deserializer.deserialize_any(Seq)
         }
     }
 
@@ -257,7 +330,7 @@ impl<'de> Deserialize<'de> for Changes {
                 Ok(Changes(changes))
             }
         }
-        deserializer.deserialize_seq(Flat)
+        deserializer.deserialize_any(Flat)
     }
 }
 

@@ -6,9 +6,14 @@ use super::{Answer, Difference, QUERY_BYTES, Query, SMALL, Widths};
 use crate::error::ProtocolError;
 use crate::tree::{Entry, Hash, KeyPrefix, LEAF_ENTRIES, Path, Subtree, Tree};
 
-/// Most nodes that may be found to differ on one level, about 70 MB of paths: more than a follower has
-/// that has 60 million keys that the server lacks. A hostile one can make the server remember no more.
-const MAX_BELOW: usize = 1 << 22;
+/// How many nodes of a level are kept to be asked for, about 18 MB of paths: when there is no room for the children of more, the walk
+/// goes on below before it comes back. Five levels of a table that differs everywhere have no more, so that it is a
+/// matter of tables above 33 million keys.
+const LEVEL_NODES: usize = 1 << 20;
+
+/// Most nodes of all levels that are kept: what an honest follower cannot exceed, as nodes are full to the fifth
+/// level and few have children below the sixth. A hostile one can make the server remember no more.
+const OPEN_NODES: usize = 1 << 22;
 
 /// Most prefixes to delete at that may be found, about 1.1 GB of them. A hostile follower could name new ones without end.
 const MAX_DELETES: usize = 1 << 26;
@@ -75,8 +80,10 @@ pub struct Walk {
     asked: Vec<Path>,
     /// How many of them are answered.
     answered: usize,
-    /// Nodes found to differ below those, to be asked for when all of them are answered.
+    /// Nodes found to differ below those, to be asked for when all of them are answered, or there is no room for more.
     below: Vec<Path>,
+    /// Of the levels above, what was left to be asked for then.
+    above: Vec<Vec<Path>>,
     found: Found,
     /// Most keys to write of which the entries are kept.
     part_keys: usize,
@@ -135,6 +142,7 @@ impl Walk {
             asked: Vec::new(),
             answered: 0,
             below: Vec::new(),
+            above: Vec::new(),
             found: Found::default(),
             part_keys,
         };
@@ -151,7 +159,7 @@ impl Walk {
     /// Compares an answer with the tree, and decides the next step.
     ///
     /// Ends after at most [`Path::MAX_DEPTH`] levels: every query but one for what an answer had
-    /// no room for asks below the one before it, and every answer covers a node at the least.
+    /// no room for, or the walk itself, asks below the one before it, and every answer covers a node at the least.
     ///
     /// # Errors
     /// If the answer is malformed. The walk is of no use then.
@@ -166,6 +174,9 @@ impl Walk {
             let Self { widths, levels, below, found, part_keys, .. } = self;
             let mut comparing = Comparing { widths: *widths, below, found, most: *part_keys };
             match reader.varint()?.checked_sub(1) {
+                Some(count) if count > self.small.into() && path.depth() < Path::MAX_DEPTH => {
+                    return Err(malformed("it has more entries of a node than were asked for"));
+                }
                 Some(count) => {
                     let theirs = reader.entries(count, path, *widths)?;
                     comparing.entries(path, ours, &theirs)?;
@@ -173,7 +184,8 @@ impl Walk {
                 None => comparing.children(&mut reader, path, ours, *levels)?,
             }
         }
-        if self.below.len() > MAX_BELOW {
+        let open = self.below.len() + self.above.iter().map(Vec::len).sum::<usize>();
+        if open > OPEN_NODES {
             return Err(malformed("more nodes differ than a server remembers"));
         }
         if self.found.first.deletes.len() > MAX_DELETES {
@@ -183,13 +195,30 @@ impl Walk {
             return Err(malformed("it covers no node"));
         }
         self.query_nodes = (self.answered - before).saturating_mul(ASK_AGAIN);
-        if self.answered == self.asked.len() {
-            self.asked = std::mem::take(&mut self.below);
-            self.answered = 0;
-            self.levels = 1;
-            self.query_nodes = usize::MAX;
+        if self.answered == self.asked.len() || self.room() == 0 {
+            self.descend();
         }
         Ok(self.step())
+    }
+
+    /// For the children of how many nodes there is room.
+    fn room(&self) -> usize {
+        LEVEL_NODES.saturating_sub(self.below.len()) / 16
+    }
+
+    /// Goes on below what has been answered, and then with what was left above.
+    fn descend(&mut self) {
+        self.asked.drain(..self.answered);
+        let left = std::mem::replace(&mut self.asked, std::mem::take(&mut self.below));
+        self.above.push(left);
+        while self.asked.is_empty()
+            && let Some(left) = self.above.pop()
+        {
+            self.asked = left;
+        }
+        self.answered = 0;
+        self.levels = 1;
+        self.query_nodes = usize::MAX;
     }
 
     fn step(&mut self) -> Step {
@@ -208,7 +237,7 @@ impl Walk {
             return Step::Done(found);
         };
         let nodes = (self.query_bytes / first.packed().len().max(1)).max(1);
-        let asked = open.iter().take(nodes.min(self.query_nodes));
+        let asked = open.iter().take(nodes.min(self.query_nodes).min(self.room()).max(1));
         Step::Ask(Query {
             depth: u8::try_from(first.depth()).unwrap_or(u8::MAX),
             levels: self.levels,

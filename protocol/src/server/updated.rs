@@ -15,7 +15,7 @@ const RECENT: usize = 32;
 /// McCreight, 1972) whose leaves bring into order many at a time.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 pub(super) struct Updated {
-    /// The least hash that each shard may have, but for the first, which has whatever is below the second.
+    /// The least hash that each shard may have, in their order.
     firsts: Vec<KeyHash>,
     shards: Vec<Shard>,
     /// How many there are in all of them, some of them twice.
@@ -33,10 +33,8 @@ struct Shard {
 impl Updated {
     /// These were updated, too.
     pub(super) fn extend(&mut self, keys: &[KeyHash]) {
-        if self.shards.is_empty()
-            && let Some(first) = keys.first()
-        {
-            self.firsts.push(*first);
+        if self.shards.is_empty() {
+            self.firsts.push(KeyHash::from_bytes([0; KeyHash::BYTES]));
             self.shards.push(Shard::default());
         }
         for key in keys {
@@ -62,7 +60,7 @@ impl Updated {
     /// Whether there are more than `limit` keys. Those that there are twice are found when there may be a sixteenth more, or whoever
     /// updates as many over and over would have them looked for each time.
     pub(super) fn exceeds(&mut self, limit: usize) -> bool {
-        if self.held <= limit + limit / 16 {
+        if self.held <= limit.saturating_add(limit / 16) {
             return false;
         }
         self.held -= self.shards.iter_mut().map(Shard::sort).sum::<usize>();
@@ -186,6 +184,7 @@ mod tests {
                 updated.extend(&keys);
                 set.extend(keys);
                 prop_assert!(updated.held <= set.len() + RECENT * updated.shards.len());
+                prop_assert!(updated.firsts.is_sorted() && !updated.exceeds(usize::MAX));
                 if asked {
                     let exceeds = updated.exceeds(limit);
                     let most = if exceeds { usize::MAX } else { limit + limit / 16 };

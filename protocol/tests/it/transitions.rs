@@ -282,6 +282,7 @@ fn server_stages() -> Vec<(&'static str, ServerEnd)> {
     stages.push(("verified", end.clone()));
 
     let mut again = end.clone();
+    again.message(to_server("RepairAck"));
     again.message(sync_req(NEXT_DIFF));
     assert_eq!(again.events, [Event::Admit(NEXT_DIFF)]);
     stages.push(("queued again", again));
@@ -334,8 +335,8 @@ fn to_server(message: &str) -> ToServer {
 /// Whether the server waits for what [`to_server`] makes.
 fn fits_server(stage: &str, message: &str) -> bool {
     match message {
-        // Not while the roots of the last diff are being compared.
-        "SyncReq" => !["done", "verifying"].contains(&stage),
+        // Not while the roots of the last diff are being compared, or a repair of it is not acknowledged.
+        "SyncReq" => !["done", "verifying", "verified"].contains(&stage),
         "SyncResponse" => {
             ["asked", "aborted", "done", "verifying", "verified", "queued again"].contains(&stage)
         }
@@ -422,13 +423,29 @@ fn the_server_closes_on_an_acknowledgement_of_another_diff() {
 #[test]
 fn the_server_closes_on_a_diff_before_the_last_is_compared() {
     for stage in ["done", "verifying"] {
-        let text = server_closes(stage, sync_req(NEXT_DIFF));
+        let mut end = server_stage(stage);
+        end.message(to_server("RepairAck"));
+        let before = end.clone();
+        let text = end.message(sync_req(NEXT_DIFF)).closes(&before, stage);
         assert_eq!(text, "SyncReq must not come in state Relay");
     }
     let mut end = server_stage("done");
     end.act(|session| session.handle_root(Revision::ZERO, server_tree().root()));
     end.message(to_server("Verified"));
+    let mut unacknowledged = end.clone();
+    let before = end.clone();
+    unacknowledged.message(sync_req(NEXT_DIFF)).closes(&before, "a repair is not acknowledged");
+    end.message(to_server("RepairAck"));
     assert_eq!(end.message(sync_req(NEXT_DIFF)).events, [Event::Admit(NEXT_DIFF)]);
+
+    // What was missed comes first.
+    let mut resumed = Behind::new(1 << 20).shortening();
+    resumed.act_with_room(1, |session| session.handle_shortened(None));
+    assert!(matches!(resumed.sent[..], [ToClient::Welcome { way: Way::Resumed, .. }]));
+    let before = resumed.clone();
+    resumed.act_with_room(0, |session| session.handle_message(sync_req(DIFF), NOW));
+    resumed.sent = vec![resumed.transmit().unwrap()];
+    resumed.closes(&before, "what was missed has not been sent");
 }
 
 /// One that falls behind over and over while it waits would never be repaired. What it asked with says nothing any more.
@@ -519,6 +536,7 @@ fn the_server_ignores_the_root_of_an_earlier_mark() {
     assert_eq!(end.sent, [abort, ToClient::FellBehind { jumps: 1, revision, chain }]);
     end.log.unmark(FollowerId(1), DIFF);
 
+    end.message(to_server("RepairAck"));
     let ToServer::SyncReq { full, root, len, .. } = sync_req(NEXT_DIFF) else { panic!() };
     end.message(ToServer::SyncReq { diff: NEXT_DIFF, jumps: 1, full, root, len, max_deletes: 0 });
     end.act(|session| session.handle_admitted(NEXT_DIFF));
@@ -568,10 +586,13 @@ fn the_server_says_whether_the_roots_are_equal() {
 
 #[test]
 fn the_server_closes_on_a_diff_number_used_before() {
-    for stage in ["aborted", "verified"] {
-        server_closes(stage, sync_req(DIFF));
-        server_closes(stage, sync_req(DiffId(0)));
-        assert_eq!(server_stage(stage).message(sync_req(DiffId(9))).session.state(), "Diff");
+    let mut verified = server_stage("verified");
+    verified.message(to_server("RepairAck"));
+    for before in [server_stage("aborted"), verified] {
+        for number in [DIFF, DiffId(0)] {
+            before.clone().message(sync_req(number)).closes(&before, "a number of before");
+        }
+        assert_eq!(before.clone().message(sync_req(DiffId(9))).session.state(), "Diff");
     }
     // A number is used up by a diff that was refused, too.
     let mut end = server_stage("queued");

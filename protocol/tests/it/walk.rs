@@ -200,6 +200,49 @@ fn a_follower_that_answers_bit_by_bit_is_not_asked_for_all_again() {
     assert!(sent <= 2 * received, "{sent} bytes are asked for {received}");
 }
 
+/// A table of forty million differs everywhere: most of a million nodes of the fifth level have more than a leaf.
+#[test]
+fn a_walk_that_finds_more_than_it_keeps_goes_down_before_it_goes_on() {
+    let root = Some(Hash::from_bytes([7; 24]));
+    let (mut walk, _) = Walk::new(filled(1000), root, 40_000_000, false, 1 << 20, 10);
+    let root = [vec![0], all_other(2)].concat();
+    let level = [vec![0], all_other(1)].concat();
+    let answer = |walk: &mut Walk, answer: Vec<u8>| match walk.handle_answer(&answer.into()) {
+        Ok(Step::Ask(query)) => {
+            (query.depth, query.nodes.len() / usize::from(query.depth.div_ceil(2)))
+        }
+        other => panic!("{other:?}"),
+    };
+    assert_eq!(answer(&mut walk, root), (2, 256));
+    assert_eq!(answer(&mut walk, level.repeat(256)), (3, 4096));
+    assert_eq!(answer(&mut walk, level.repeat(4096)), (4, 65_536));
+    assert_eq!(answer(&mut walk, level.repeat(65_536)), (5, 65_536));
+    // A sixteenth of this level, and what is below; then the next.
+    for part in 1..=16 {
+        assert_eq!(answer(&mut walk, level.repeat(65_536)).0, 6, "{part}");
+        for last in (0..16).map(|part| part == 15) {
+            let next = walk.handle_answer(&vec![1; 65_536].into()).unwrap();
+            match next {
+                Step::Ask(query) => assert_eq!(query.depth, if last { 5 } else { 6 }),
+                Step::Done(_) => assert!(part == 16 && last),
+            }
+        }
+    }
+}
+
+#[test]
+fn no_more_entries_of_a_node_are_taken_than_were_asked_for() {
+    for (count, fits) in [(32, true), (33, false)] {
+        let follower = filled(count);
+        let root = Some(follower.root());
+        let (mut walk, step) = Walk::new(filled(1000), root, 40, false, 1 << 20, 10);
+        let Step::Ask(query) = step else { panic!("the roots differ") };
+        let query = Query { small: 1000, ..query };
+        let answer = answer(&follower, &query, 1 << 20).unwrap();
+        assert_eq!(walk.handle_answer(&answer).is_ok(), fits, "{count}");
+    }
+}
+
 #[test]
 fn a_nearly_empty_follower_costs_one_query() {
     let nearly = walk(&filled(3000), &filled(20), false, 1 << 20);

@@ -330,6 +330,65 @@ fn a_diff_is_not_asked_for_without_a_bound() {
     }
 }
 
+/// The decoder would take them for lists of numbers, and leave what is behind those unread.
+#[test]
+fn raw_bytes_are_no_list() {
+    let limits = Limits::default();
+    let ping = ToServer::Ping {};
+    assert_eq!(wire::decode(&[0x91, 5], &limits), Ok(ping));
+    let to_server: &[&[u8]] =
+        &[&[0xc4, 1, 5], &[0xc6, 0, 0, 0, 1, 5], &[0xc4, 4, 3, 1, 0, 0], &[0xc4, 2, 0, 1]];
+    for bytes in to_server {
+        let error = wire::decode::<ToServer>(bytes, &limits).unwrap_err();
+        assert!(matches!(error, DecodeError::Malformed { .. }), "{error:?}");
+    }
+    let widths = |widths: &[u8]| [&[0x93, 6, 1, 0x95, 0, 1, 0x20], widths, &[0xc4, 0]].concat();
+    assert!(wire::decode::<ToClient>(&widths(&[0x93, 6, 6, 4]), &limits).is_ok());
+    let to_client = [
+        vec![0xc4, 2, 5, 1],
+        widths(&[0xc4, 3, 6, 6, 4]),
+        widths(&[0xc4, 5, 6, 6, 4, 9, 9]),
+        // A query, and the changes of a live frame.
+        vec![0x93, 6, 1, 0xc4, 5, 0, 1, 0x20, 6, 6],
+        vec![0x94, 3, 1, 0xc4, 8, 0, 0, 0, 0, 0, 0, 0, 0, 0xc4, 0],
+    ];
+    for bytes in &to_client {
+        let error = wire::decode::<ToClient>(bytes, &limits).unwrap_err();
+        assert!(matches!(error, DecodeError::Malformed { .. }), "{error:?}");
+    }
+}
+
+/// What is wrong is said shortly, and costs no more than it is long: the decoder repeats a text that is where none belongs.
+#[test]
+fn a_long_text_is_not_repeated() {
+    let limits = Limits::default();
+    let text = |length: u32| {
+        let mut bytes = vec![0xdb];
+        bytes.extend(length.to_be_bytes());
+        bytes.resize(bytes.len() + length as usize, 1);
+        bytes
+    };
+    for (length, long) in [(4096, false), (4097, true), (1 << 20, true)] {
+        let [first, diff] = [&[][..], &[0x93, 2]];
+        let key = &[0x94, 3, 1, 0xc4, 8, 0, 0, 0, 0, 0, 0, 0, 0, 0x92][..];
+        for before in [first, diff, key] {
+            // Behind raw bytes of any length.
+            let bytes = [before, &text(length)].concat();
+            let behind = [&[0x92, 0xc5, 0x20, 0][..], &[0xdb; 0x2000], &text(length)].concat();
+            for bytes in [bytes, behind] {
+                for error in [
+                    wire::decode::<ToServer>(&bytes, &limits).unwrap_err(),
+                    wire::decode::<ToClient>(&bytes, &limits).unwrap_err(),
+                ] {
+                    let DecodeError::Malformed { why, .. } = &error else { panic!("{error:?}") };
+                    assert!(why.len() <= 256, "{} bytes", why.len());
+                    assert_eq!(why == "a text is above 4096 bytes", long, "{why}");
+                }
+            }
+        }
+    }
+}
+
 #[test]
 fn declared_lengths_cost_nothing() {
     let limits = Limits::default();
