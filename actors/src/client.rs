@@ -42,7 +42,7 @@ use tracing::{debug, info, warn};
 use crate::access::Access;
 use crate::budget::{Budget, Later, computed, later};
 use crate::compute::compute;
-use crate::config::{ClientConfig, NEVER};
+use crate::config::{ClientConfig, MAX_EVENTS, NEVER};
 use crate::error::{AccessError, DiffAborted, DiffError, WaitError};
 use crate::metrics;
 use crate::server::root_of;
@@ -447,7 +447,7 @@ impl Client {
             running: None,
             next: Vec::new(),
             waiters: Vec::new(),
-            events: broadcast::channel(config.event_capacity.max(1)).0,
+            events: broadcast::channel(config.event_capacity.clamp(1, MAX_EVENTS)).0,
             applied: 0,
             refused: 0,
             connects: 0,

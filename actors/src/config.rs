@@ -8,6 +8,9 @@ use tablecast_protocol::{HeartbeatConfig, Limits};
 
 use crate::authorize::{AllowAll, Authorize, Token};
 
+/// More events than these are not kept for a subscriber, whatever is asked for: room for them is made at once.
+pub(crate) const MAX_EVENTS: usize = 1 << 20;
+
 /// No wait is longer: half a millennium. A time that far off can be said, and none beyond all of them.
 pub(crate) const NEVER: Duration = Duration::from_secs(1 << 34);
 
@@ -34,7 +37,7 @@ pub struct ServerConfig {
     /// How long a follower whose diff has ended rests: 10 s. If it asks for another one before that, it waits for the one
     /// place that all who do so share; the others stay free for those that need them.
     pub diff_rest: Duration,
-    /// How many diffs wait at most: 10,000. One more is aborted as `Busy`, and asked for again.
+    /// How many diffs wait at most: 10,000. One more is aborted as `Busy`, and asked for again. With 0 there are none.
     pub diffs_waiting: usize,
     /// How often all followers that lack nothing compare their roots with the server's: every 60 s.
     /// `None` is after diffs only.
@@ -58,7 +61,7 @@ pub struct ServerConfig {
     pub drain_timeout: Duration,
     /// How many bytes are handed to a socket at once: 256 KiB. More leaves the processor's cache.
     pub flush_bytes: usize,
-    /// How many changes a subscriber to them may lag behind: 1,024. Then it is told how many it missed.
+    /// How many changes a subscriber to them may lag behind: 1,024, and 1 Mi at the most. Then it is told how many it missed.
     pub event_capacity: usize,
 }
 
@@ -117,7 +120,7 @@ pub struct ClientConfig {
     /// About how many bytes of messages may wait to be applied, as they are in memory: 4 MiB, which is 1.4 MiB of changes of 64 bytes. Then
     /// nothing more is read.
     pub inbox_bytes: usize,
-    /// How many events a subscriber may lag behind: 1,024. Then it is told how many it missed.
+    /// How many events a subscriber may lag behind: 1,024, and 1 Mi at the most. Then it is told how many it missed.
     pub event_capacity: usize,
 }
 

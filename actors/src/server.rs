@@ -39,7 +39,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::budget::{Budget, computed, every};
 use crate::compute::compute;
-use crate::config::ServerConfig;
+use crate::config::{MAX_EVENTS, ServerConfig};
 use crate::metrics;
 use crate::status::{FollowerStatus, ServerStatus};
 pub use endpoint::{Arbiters, Endpoint};
@@ -230,7 +230,7 @@ impl Server {
             followers: BTreeMap::new(),
             places: Places::new(config.diffs_at_once, config.diff_rest),
             awaiting: Vec::new(),
-            changes: broadcast::channel(config.event_capacity.max(1)).0,
+            changes: broadcast::channel(config.event_capacity.clamp(1, MAX_EVENTS)).0,
             refused: 0,
             grown: false,
             hashing: false,
@@ -475,6 +475,8 @@ impl Handler<Await> for Server {
         let position = self.table.position();
         let (waiter, ready) = oneshot::channel();
         if position.is_none() {
+            // Those who gave up.
+            self.awaiting.retain(|waiter| !waiter.is_closed());
             self.awaiting.push(waiter);
         }
         Box::pin(async move {
@@ -534,9 +536,8 @@ impl Handler<Stop> for Server {
         let (waiter, stopped) = oneshot::channel();
         self.stopping.get_or_insert_default().push(waiter);
         self.awaiting.clear();
-        let head = self.head();
         for follower in self.followers.values() {
-            follower.middleman.do_send(Command::Stop(head));
+            follower.middleman.do_send(Command::Stop);
         }
         self.stop_if_alone(ctx);
         Box::pin(async move { drop(stopped.await) })

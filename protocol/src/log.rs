@@ -35,9 +35,13 @@ impl Chunk {
 
     /// What it counts for in the log's bound.
     fn bytes(&self) -> usize {
-        self.frame.len() + self.keys.len() * KeyHash::BYTES
+        CHUNK_BYTES + self.frame.len() + self.keys.len() * KeyHash::BYTES
     }
 }
+
+/// What a chunk takes beside its frame and its keys: a place in the queue, of which up to half are empty, and what two pieces of memory
+/// have around them. It is most of a change that is written alone.
+const CHUNK_BYTES: usize = 256;
 
 /// A bounded queue of chunks that any number of cursors read. A cursor is a [`Revision`]: that of
 /// the next change to be sent.
@@ -137,7 +141,7 @@ impl Log {
         self.chunks.front().map_or(self.head.next(), |(chunk, _)| chunk.first)
     }
 
-    /// Bytes kept: frames and key hashes.
+    /// Bytes kept: frames, key hashes, and about what keeping them takes.
     pub fn bytes(&self) -> usize {
         self.bytes
     }

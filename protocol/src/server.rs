@@ -1303,7 +1303,7 @@ impl Session {
         let late = !self.broken.breaks(Mutation::NoSuppression)
             && !self.broken.breaks(Mutation::SuppressAtReading);
         let deletes = !self.broken.breaks(Mutation::NoDeleteSuppression);
-        let window = self.unacknowledged < self.config.repair_window
+        let window = self.unacknowledged < self.config.repair_window.max(1)
             || self.broken.breaks(Mutation::NoWindow);
         let State::Diff(at) = &mut self.state else { return };
         let Phase::Repair(repair) = &mut at.phase else { return };

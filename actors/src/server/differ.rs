@@ -62,7 +62,10 @@ impl Actor for Differ {
     type Context = Context<Self>;
 
     fn started(&mut self, ctx: &mut Context<Self>) {
-        if let Some(order) = self.order.take() {
+        // Others have been walked meanwhile; and a place is given back by whoever is gone.
+        if !self.middleman.connected() {
+            ctx.stop();
+        } else if let Some(order) = self.order.take() {
             let Order { tree, root, len, full, max_bytes, part_keys, .. } = order;
             let (walk, step) = Walk::new(tree, root, len, full, max_bytes, part_keys);
             self.walk = Some(walk);

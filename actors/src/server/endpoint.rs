@@ -137,7 +137,8 @@ impl Endpoint {
         spawn_on(self.connections.first(), listening);
     }
 
-    /// Accepts no more connections, and closes those that there are; done when nobody listens any more.
+    /// Accepts no more connections, and closes those that are not subscribed yet; done when nobody listens any more. Followers are told
+    /// by [`Stop`](super::Stop).
     pub async fn close(&self) {
         self.shared.stopping.cancel();
         self.listeners.close();
@@ -153,7 +154,8 @@ impl Endpoint {
             let ended = self.ended.load(Ordering::Relaxed);
             // Many more end at once when a network fails for a moment, and all of them are honest.
             let most = u32::try_from(config.strangers).unwrap_or(u32::MAX);
-            let pause = config.stranger_pause.saturating_mul(ended.min(most));
+            let longest = config.stranger_pause.saturating_mul(most).max(LEAST_PAUSE);
+            let pause = config.stranger_pause.saturating_mul(ended).min(longest);
             if pause >= LEAST_PAUSE {
                 self.ended.fetch_sub(ended, Ordering::Relaxed);
                 tokio::time::sleep(pause).await;

@@ -56,8 +56,8 @@ pub(crate) enum Command {
     Timeout,
     /// For the session.
     Reply(Reply),
-    /// The server stops at this revision: what is in the log goes out first, for a while.
-    Stop(Revision),
+    /// The server stops: what is in the log goes out first, for a while.
+    Stop,
     /// Nobody is let in any more. The Server tells those who are.
     Unserved,
 }
@@ -125,6 +125,10 @@ pub struct Middleman {
     stalled: Option<(u64, Instant)>,
     /// To be closed when everything is written.
     closing: bool,
+    /// The server stops, and there is time to write it.
+    draining: bool,
+    /// It is closed soon, whatever is not written.
+    parting: bool,
     timer: Option<SpawnHandle>,
 }
 
@@ -155,6 +159,8 @@ impl Middleman {
             born: Instant::now(),
             stalled: None,
             closing: false,
+            draining: false,
+            parting: false,
             timer: None,
         }
     }
@@ -325,8 +331,16 @@ impl Middleman {
     /// The session is closed: what it still has to say goes out, then the socket is closed.
     fn close(&mut self, ctx: &mut Context<Self>) {
         self.abandon();
-        if !self.closing {
-            self.closing = true;
+        self.closing = true;
+        // What is in front of the last words of a server that stops has its time.
+        if !self.draining {
+            self.part(ctx);
+        }
+    }
+
+    /// Nothing but the last words is left to be written, or the time for it is over.
+    fn part(&mut self, ctx: &mut Context<Self>) {
+        if !std::mem::replace(&mut self.parting, true) {
             ctx.run_later(LAST_WORDS, |_, ctx| ctx.stop());
         }
     }
@@ -415,7 +429,7 @@ impl Middleman {
 
     /// Takes from the session what is to be written next, up to one flush.
     fn fill(&mut self, ctx: &mut Context<Self>) -> Result<(), AccessError> {
-        let room = self.shared.config.flush_bytes;
+        let room = self.shared.config.flush_bytes.max(1);
         let (behind, end) = (self.session.sent(), self.framed.end());
         // Cleared first: what the Server appends from here on wakes us again.
         self.woken.store(false, Ordering::Release);
@@ -479,6 +493,7 @@ impl Middleman {
             }
         }
         if self.closing && self.framed.is_flushed() {
+            self.part(ctx);
             // The peer is told that this is the end, and closes when it has heard so.
             if self.framed.poll_shutdown(cx).is_ready() && self.framed.poll_drain(cx).is_ready() {
                 ctx.stop();
@@ -596,14 +611,20 @@ impl Handler<Command> for Middleman {
                 session.handle_reply(reply);
             }
             Command::Unserved => {
-                if !matches!(session.state(), "Relay" | "Diff") {
+                if !matches!(session.state(), "CatchUp" | "Relay" | "Diff") {
                     session.handle_stop();
                 }
             }
-            Command::Stop(head) => {
+            Command::Stop => {
                 session.handle_stop();
-                ctx.run_later(self.shared.config.drain_timeout, move |middleman, ctx| {
-                    let sent = middleman.session.sent();
+                self.draining = true;
+                ctx.run_later(self.shared.config.drain_timeout, |middleman, ctx| {
+                    middleman.draining = false;
+                    if middleman.closing {
+                        middleman.part(ctx);
+                    }
+                    let (head, sent) =
+                        (middleman.shared.log.lock().head(), middleman.session.sent());
                     let text = format!("the history ends at revision {head}, sent up to {sent}");
                     ctx.address().do_send(Reply::Close(Reason::Stopping, text).into());
                 });

@@ -186,14 +186,24 @@ impl Places {
         }
     }
 
-    /// Diffs that have run for this long, or for an eighth of it without a step, as many as others wait, and could begin.
+    /// Diffs that have run for this long, or for an eighth of it without a step, as many as others wait that could begin then.
     pub(super) fn overdue(&self, long: Duration) -> impl Iterator<Item = (FollowerId, DiffId)> {
         let most = if self.is_busy() { 1 } else { usize::MAX };
-        let late = move |running: &&Running| {
-            running.since.elapsed() >= long || running.step.elapsed() >= long / STEPS
+        // Where a place is free, it is not for want of one that anybody waits, but for that which some share.
+        let full = self.running.len() >= self.places;
+        let shared = self.running.iter().any(|running| running.again);
+        let mut again = usize::from(!self.waiting_again.is_empty());
+        let others = self.waiting.len() + if shared { 0 } else { again };
+        let mut others = if full { others.min(most) } else { 0 };
+        let gives_way = move |running: &&Running| {
+            let late = running.since.elapsed() >= long || running.step.elapsed() >= long / STEPS;
+            let left = if running.again && again > 0 { &mut again } else { &mut others };
+            let gives_way = late && *left > 0;
+            *left -= usize::from(gives_way);
+            gives_way
         };
-        let overdue = self.running.iter().filter(late);
-        overdue.map(|running| (running.follower, running.diff)).take(self.waiting().min(most))
+        let overdue = self.running.iter().filter(gives_way);
+        overdue.map(|running| (running.follower, running.diff))
     }
 }
 
@@ -280,12 +290,16 @@ mod tests {
         // One that takes long holds up nobody, and is the only one to give way.
         tokio::time::advance(BUSY_PAUSE).await;
         assert_eq!(admitted(&mut places), [3]);
+        // There is a place for those that wait.
+        assert_eq!(places.overdue(Duration::ZERO).count(), 0);
+        wait(&mut places, 6, None);
+        tokio::time::advance(BUSY_PAUSE).await;
+        assert_eq!(admitted(&mut places), [4]);
         assert_eq!(places.overdue(Duration::ZERO).count(), 1);
         // It is busy no more.
         measured(&mut places, Duration::ZERO);
         assert_eq!(places.overdue(Duration::ZERO).count(), 2);
-        assert_eq!(admitted(&mut places), [4]);
-        for follower in 2..=5 {
+        for follower in 2..=6 {
             assert_eq!(end(&mut places, follower), Some(DIFF));
             admitted(&mut places);
         }
@@ -341,6 +355,33 @@ mod tests {
         places.wait(FollowerId(2), DIFF, turns[1]);
         assert_eq!(places.overdue(LONG).count(), 0);
         assert_eq!(places.overdue(Duration::ZERO).collect::<Vec<_>>(), [(FollowerId(1), DIFF)]);
+    }
+
+    #[test]
+    fn those_that_share_a_place_end_nobody_elses_diff() {
+        let mut places = Places::new(3, LONG);
+        let wait = |places: &mut Places, follower, ended| {
+            let turn = places.turn(ended);
+            places.wait(FollowerId(follower), DIFF, turn);
+        };
+        wait(&mut places, 1, None);
+        wait(&mut places, 2, Some(Instant::now()));
+        assert_eq!(admitted(&mut places), [1, 2]);
+        let overdue = |places: &Places| -> Vec<u64> {
+            places.overdue(Duration::ZERO).map(|(follower, _)| follower.0).collect()
+        };
+        assert_eq!(overdue(&places), []);
+        wait(&mut places, 3, Some(Instant::now()));
+        assert_eq!(admitted(&mut places), []);
+        assert_eq!(overdue(&places), [2]);
+        // Nor is anybody else's ended for more of them.
+        wait(&mut places, 4, Some(Instant::now()));
+        assert_eq!(overdue(&places), [2]);
+        // Who needs one has it, and the next one is waited for.
+        wait(&mut places, 5, None);
+        wait(&mut places, 6, None);
+        assert_eq!(admitted(&mut places), [5]);
+        assert_eq!(overdue(&places), [1, 2]);
     }
 
     #[tokio::test(start_paused = true)]

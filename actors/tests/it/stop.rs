@@ -40,3 +40,35 @@ async fn who_does_not_read_in_time_is_told_where_the_history_ends() {
     let sent = sent.unwrap_or_else(|| panic!("{text:?}"));
     assert!((1..10).contains(&sent.parse().unwrap()), "{text}");
 }
+
+#[actix_rt::test]
+async fn who_is_slow_is_sent_all_within_the_time_for_it() {
+    tokio::time::pause();
+    let (endpoint, access) = serve(ServerConfig::default()).await;
+    let server = endpoint.server();
+    let mut stream = subscribe(&access).await;
+    // More than the connection takes unread, and less than is handed to it at once.
+    for _ in 0..8 {
+        let change = Change::write("large", vec![7; 60_000]);
+        server.send(Write(vec![change])).await.unwrap().unwrap();
+    }
+    let stopping = server.send(Stop);
+    let reading = async {
+        tokio::time::sleep(Duration::from_secs(2)).await;
+        let mut revisions = Vec::new();
+        let reason = loop {
+            let message = read(&mut stream).await;
+            if let ToClient::Live { first, .. } = message {
+                revisions.push(first.0);
+            } else if let ToClient::Farewell { reason, .. } = message {
+                break reason;
+            }
+        };
+        drop(stream);
+        (reason, revisions)
+    };
+    let (stopped, (reason, revisions)) = tokio::join!(stopping, reading);
+    stopped.unwrap();
+    assert_eq!(reason, Reason::Stopping);
+    assert_eq!(revisions, [1, 2, 3, 4, 5, 6, 7, 8]);
+}
