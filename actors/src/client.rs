@@ -1305,6 +1305,10 @@ impl Handler<Unreached> for Client {
     type Result = ();
 
     fn handle(&mut self, Unreached(reason): Unreached, _: &mut Context<Self>) {
+        // It is tried over and over.
+        if self.disconnected.as_ref() != Some(&reason) {
+            warn!(server = self.access.address(), reason, "no connection");
+        }
         self.disconnected = Some(reason);
     }
 }

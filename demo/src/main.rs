@@ -18,6 +18,8 @@ use tablecast::{
     Client, ClientConfig, DiffOutcome, DiffReport, Event, Key, MemoryStore, Position, Reader,
     Server, ServerConfig, Value,
 };
+use tokio::sync::broadcast::error::RecvError;
+use tokio::time::timeout;
 
 /// How long anything here may take.
 const LONG: Duration = Duration::from_secs(60);
@@ -64,11 +66,17 @@ async fn connected(
     let client = Client::start(ClientConfig::default(), client, access)?;
     let mut events = client.events().await?;
     client.ready().await?;
-    loop {
-        if let Ok(Event::Diff(outcome)) = events.recv().await {
-            return Ok((server, client, done(outcome)?));
+    let diff = async {
+        loop {
+            match events.recv().await {
+                Ok(Event::Diff(outcome)) => break done(outcome),
+                Err(RecvError::Closed) => bail!("the follower has ended"),
+                Ok(_) | Err(RecvError::Lagged(_)) => {}
+            }
         }
-    }
+    };
+    let report = timeout(LONG, diff).await.context("no diff")??;
+    Ok((server, client, report))
 }
 
 fn done(outcome: DiffOutcome) -> anyhow::Result<DiffReport> {
@@ -101,7 +109,7 @@ async fn first_act() -> anyhow::Result<()> {
     client.write("key5", "nobody else has it").await?;
     show("three keys of the follower are broken", &**server.reader(), &**client.reader())?;
 
-    let report = done(client.diff().await?)?;
+    let report = done(timeout(LONG, client.diff()).await.context("no diff")??)?;
     show("a diff repaired them", &**server.reader(), &**client.reader())?;
     println!("    {} written, {} deleted\n", report.written, report.deleted);
     check(&server, &client)?;
@@ -152,7 +160,7 @@ async fn second_act(arguments: &Arguments) -> anyhow::Result<()> {
     println!("{differ} keys of the follower changed, deleted or added");
 
     let writes = Writes::start(&server, keys, broken, random);
-    let report = done(client.diff().await?)?;
+    let report = done(timeout(LONG, client.diff()).await.context("no diff")??)?;
     let (count, touched, head) = writes.stop().await?;
     println!(
         "a diff repaired them while {count} changes were written, to {touched} broken keys too:"

@@ -235,6 +235,7 @@ pub(super) struct Put {
     #[command(flatten)]
     pub(super) key: KeyArg,
     /// The value; stdin without it
+    #[arg(allow_hyphen_values = true)]
     pub(super) value: Option<OsString>,
     #[command(flatten)]
     pub(super) at: At,

@@ -1,7 +1,7 @@
 //! What the ends show each other: tokens and certificates, from files.
 
 use std::net::{SocketAddr, ToSocketAddrs};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::{Context as _, anyhow};
@@ -21,12 +21,21 @@ pub(super) fn access(connect: &str, args: &Credentials) -> Result<Box<dyn Access
         _ => None,
     };
     let identity = identity.as_ref().map(|(certificate, key)| (&**certificate, &**key));
-    let config = client_config(&read(ca)?, identity).context("TLS").map_err(Failure::Input)?;
+    let files = [Some(ca), args.tls_cert.as_ref(), args.tls_key.as_ref()];
+    let config = client_config(&read(ca)?, identity);
+    let config = config.with_context(|| tls_of(files)).map_err(Failure::Input)?;
     let host = connect.rsplit_once(':').map_or(connect, |(host, _)| host);
     let host = host.trim_start_matches('[').trim_end_matches(']');
     let access = TlsAccess::new(tcp, host, config);
     let access = access.with_context(|| format!("TLS with {host:?}")).map_err(Failure::Input)?;
     Ok(Box::new(access))
+}
+
+/// Which files it is about.
+fn tls_of(files: [Option<&PathBuf>; 3]) -> String {
+    let files: Vec<_> =
+        files.into_iter().flatten().map(|file| file.display().to_string()).collect();
+    format!("TLS of {}", files.join(", "))
 }
 
 /// The token in a file, without the ends of its lines.
@@ -47,7 +56,8 @@ pub(super) fn tls(args: &Serve) -> Result<Option<Arc<rustls::ServerConfig>>, Fai
     let (Some(certificate), Some(key)) = (&args.tls_cert, &args.tls_key) else { return Ok(None) };
     let ca = args.tls_ca.as_deref().map(read).transpose()?;
     let config = server_config(&read(certificate)?, &read(key)?, ca.as_deref());
-    Ok(Some(config.context("TLS").map_err(Failure::Input)?))
+    let files = [Some(certificate), Some(key), args.tls_ca.as_ref()];
+    Ok(Some(config.with_context(|| tls_of(files)).map_err(Failure::Input)?))
 }
 
 /// Whoever reaches the address would have the table: that is refused, unless it is meant. Before anything is

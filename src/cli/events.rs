@@ -7,6 +7,8 @@
 use std::fmt;
 use std::io::{self, BufWriter, ErrorKind, Write};
 use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use serde::Serialize;
@@ -62,6 +64,8 @@ pub(super) enum Event {
 #[derive(Debug)]
 pub(super) struct Output {
     events: mpsc::Sender<Event>,
+    /// Nobody reads stdout any more.
+    unread: Arc<AtomicBool>,
     written: oneshot::Receiver<io::Result<()>>,
 }
 
@@ -73,22 +77,33 @@ impl Output {
     pub(super) fn start(json: bool) -> Self {
         let (events, receiver) = mpsc::channel(WAITING);
         let (ended, written) = oneshot::channel();
+        let unread = Arc::new(AtomicBool::new(false));
+        let nobody = Arc::clone(&unread);
         std::thread::spawn(move || {
             // Nobody waits if the process is about to end anyway.
-            drop(ended.send(write_all(receiver, json)));
+            drop(ended.send(write_all(receiver, json, &nobody)));
         });
-        Self { events, written }
+        Self { events, unread, written }
     }
 
     /// Says it. Waits while too much is unsaid.
     pub(super) async fn say(&self, event: Event) -> Result<(), Closed> {
+        let complains = matches!(event, Event::Error { .. } | Event::Warning { .. });
+        if self.unread.load(Ordering::Relaxed) && !complains {
+            return Err(Closed);
+        }
         self.events.send(event).await.map_err(|_| Closed)
+    }
+
+    /// Says it, if not too much is unsaid; whether it will be said.
+    pub(super) fn try_say(&self, event: Event) -> bool {
+        self.events.try_send(event).is_ok()
     }
 
     /// Says why it failed, if it did, and waits until all is said. Whether it was; a reader that has
     /// gone missed nothing that it wanted.
     pub(super) async fn finish(self, error: Option<String>) -> bool {
-        let Self { events, written } = self;
+        let Self { events, written, .. } = self;
         let mut unsaid = error.clone();
         let all = async {
             if let Some(message) = error
@@ -100,7 +115,7 @@ impl Output {
             written.await.ok()
         };
         let written = tokio::time::timeout(STOP_TIMEOUT, all).await.ok().flatten();
-        if let Some(Ok(())) = written {
+        if written.is_some() {
             unsaid = None;
         }
         if let Some(message) = unsaid {
@@ -125,17 +140,24 @@ fn warn(message: impl fmt::Display) {
     drop(writeln!(io::stderr().lock(), "warning: {message}"));
 }
 
-fn write_all(mut events: mpsc::Receiver<Event>, json: bool) -> io::Result<()> {
+/// Goes on with what is said on stderr when nothing can be written to stdout any more.
+fn write_all(mut events: mpsc::Receiver<Event>, json: bool, unread: &AtomicBool) -> io::Result<()> {
     let mut out = BufWriter::with_capacity(64 << 10, io::stdout().lock());
+    let mut written = Ok(());
     while let Some(event) = events.blocking_recv() {
         let mut next = Some(event);
         while let Some(event) = next {
-            write(&mut out, &event, json)?;
+            if written.is_ok() {
+                written = write(&mut out, &event, json);
+            } else {
+                write(&mut io::sink(), &event, json).ok();
+            }
             next = events.try_recv().ok();
         }
-        out.flush()?;
+        written = written.and_then(|()| out.flush());
+        unread.store(written.is_err(), Ordering::Relaxed);
     }
-    Ok(())
+    written
 }
 
 fn write(out: &mut impl Write, event: &Event, json: bool) -> io::Result<()> {

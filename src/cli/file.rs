@@ -73,6 +73,9 @@ impl Iterator for Entries<'_> {
     }
 }
 
+/// What the name of a file begins with that is not complete.
+const PREFIX: &str = ".tablecast-";
+
 /// Where a file is to be written when all is done.
 #[derive(Debug)]
 pub(super) struct Dump {
@@ -88,14 +91,23 @@ impl Dump {
         let place = || -> anyhow::Result<_> {
             let target = if path.exists() { path.canonicalize()? } else { path.to_owned() };
             ensure!(!target.exists() || target.is_file(), "not a file");
+            ensure!(target.exists() || !target.is_symlink(), "a link to what is not there");
             ensure!(target.file_name().is_some(), "not the name of a file");
             let directory = directory_of(&target).to_owned();
             ensure!(directory.is_dir(), "no directory {}", directory.display());
+            // It is written beside the old one, and put in its place.
+            let beside = tempfile::Builder::new().prefix(PREFIX).tempfile_in(&directory);
+            beside.with_context(|| format!("no file can be made in {}", directory.display()))?;
             Ok((target, directory))
         };
         let (target, directory) =
             place().with_context(|| format!("cannot write {}", path.display()))?;
         Ok(Self { path: path.to_owned(), target, directory })
+    }
+
+    /// Whether this is the file that is replaced, or would be a new one.
+    pub(super) fn replaces(&self, path: &Path) -> bool {
+        !self.target.exists() || path.canonicalize().is_ok_and(|path| path == self.target)
     }
 
     /// Writes the table as it is, sorted by the keys' bytes. The file is as it was if that fails.
@@ -123,7 +135,7 @@ impl Dump {
     ) -> anyhow::Result<()> {
         let old = self.target.metadata().ok();
         let mut builder = tempfile::Builder::new();
-        builder.prefix(".tablecast-");
+        builder.prefix(PREFIX);
         // Like any new file, if it is one: the umask takes from it. Until all is in it nobody else reads one that
         // is to be as private as the old one.
         #[cfg(unix)]
@@ -136,12 +148,27 @@ impl Dump {
         out.flush()?;
         let file = out.into_inner()?;
         if let Some(old) = old {
+            #[cfg(unix)]
+            keep_owner(file.as_file(), &old);
             file.as_file().set_permissions(old.permissions())?;
         }
         file.as_file().sync_all()?;
         file.persist(&self.target).map_err(|error| error.error)?;
         sync(&self.directory);
         Ok(())
+    }
+}
+
+/// Whoever could read the old file can read the new one, as far as that may be decided here.
+#[cfg(unix)]
+fn keep_owner(file: &File, old: &std::fs::Metadata) {
+    use std::os::unix::fs::{MetadataExt as _, fchown};
+    let new = file.metadata().map(|new| (new.uid(), new.gid()));
+    let (uid, gid) = (old.uid(), old.gid());
+    if new.is_ok_and(|new| new != (uid, gid))
+        && let Err(error) = fchown(file, Some(uid), Some(gid))
+    {
+        tracing::warn!(uid, gid, %error, "a dump has another owner than the file that it replaces");
     }
 }
 

@@ -69,7 +69,11 @@ pub(super) async fn run(args: &Follow, output: &Output) -> Result<ExitCode, Fail
         left = follower.follow(&mut events) => left,
         () = signals.recv() => Ok(Left::Told),
         () = tokio::time::sleep(args.timeout), if args.once => {
-            client.status().await.map(|status| Left::TooLate(status.disconnected))
+            client.status().await.map(|status| match status.last_diff {
+                // What was to be said before took its time.
+                Some(DiffOutcome::Done(report)) => Left::Done { equal: report.equal() },
+                Some(DiffOutcome::Aborted(_)) | None => Left::TooLate(status.disconnected),
+            })
         }
     };
     let connected = follower.connected;
@@ -84,9 +88,14 @@ pub(super) async fn run(args: &Follow, output: &Output) -> Result<ExitCode, Fail
         && (!args.once || matches!(left, Left::Done { .. }))
     {
         // A table in the middle of a diff is none that there ever was, and an empty one need not be the server's: the file may
-        // hold the last whole one. What was loaded, and is as it was, may be written.
-        let loaded = args.load.is_some() && !connected && is_silent(events);
-        if !args.once && position.is_none() && !loaded {
+        // hold the last whole one. What was loaded, and is as it was, may be written, but not in place of another table.
+        let may_be = if !connected && is_silent(events) {
+            let load = args.load.as_deref().filter(|load| load.exists());
+            load.is_some_and(|load| dump.replaces(load))
+        } else {
+            position.is_some()
+        };
+        if !args.once && !may_be {
             let path = path.display();
             return Err(Failure::Work(anyhow!(
                 "{path} is as it was: the table may lack something"
@@ -166,6 +175,8 @@ impl Follower<'_> {
             match left {
                 Ok(None) => {}
                 Ok(Some(left)) => return Ok(left),
+                // It goes on for those who ask over HTTP.
+                Err(Closed) if self.args.http.is_some() && !self.args.once => {}
                 Err(Closed) => return Ok(Left::Unread),
             }
         }

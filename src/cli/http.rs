@@ -14,7 +14,7 @@
 //! are taken from this machine only, unless that is switched off.
 
 use std::any::Any;
-use std::net::{Shutdown, SocketAddr, TcpListener};
+use std::net::{IpAddr, Shutdown, SocketAddr, TcpListener};
 use std::time::Duration;
 
 use actix_web::dev::{Extensions, ServerHandle, Service as _};
@@ -78,6 +78,16 @@ impl Table {
     }
 }
 
+/// Whether a Host names this machine whoever resolves it: by an address, or as localhost. A page whose own name leads here may read what
+/// it asks for under that name (DNS rebinding).
+fn is_here(host: &str) -> bool {
+    let port = |(_, port): &(&str, &str)| port.bytes().all(|byte| byte.is_ascii_digit());
+    let name = host.rsplit_once(':').filter(port).map_or(host, |(name, _)| name);
+    let address = name.strip_prefix('[').and_then(|name| name.strip_suffix(']'));
+    let address = address.unwrap_or(name).parse::<IpAddr>();
+    address.is_ok() || name.eq_ignore_ascii_case("localhost")
+}
+
 /// Installs the recorder of metrics; once a process.
 fn record() -> anyhow::Result<PrometheusHandle> {
     let seconds = Matcher::Full("tablecast_client_diff_seconds".to_owned());
@@ -111,14 +121,24 @@ impl Http {
         }
         let recorder = record()?;
         let (table, metrics) = (Data::new(table), Data::new(recorder.clone()));
+        let by_any_name = insecure || !is_local(&at);
         let app = move || {
             let app = App::new().app_data(table.clone()).app_data(metrics.clone());
-            let app = app.wrap_fn(|request, next| {
+            let app = app.wrap_fn(move |request, next| {
                 let ending = request.conn_data::<Ending>();
                 let last = ending.is_some_and(|ending| ending.since.elapsed() >= LAST_TIME);
-                let answer = next.call(request);
+                let host = request.headers().get(header::HOST).and_then(|host| host.to_str().ok());
+                let stranger = host.filter(|host| !by_any_name && !is_here(host));
+                let refusal = stranger.map(|host| {
+                    let text = format!(
+                        "{host} is a name that a page may have given to this machine: \
+                         ask for localhost or an address, or let others ask (--insecure)"
+                    );
+                    Refusal::new(StatusCode::MISDIRECTED_REQUEST, text)
+                });
+                let answer = refusal.map_or_else(|| Ok(next.call(request)), Err);
                 async move {
-                    let mut response = answer.await?;
+                    let mut response = answer?.await?;
                     if last {
                         let head = response.response_mut().head_mut();
                         head.set_connection_type(ConnectionType::Close);

@@ -123,9 +123,15 @@ async fn serve(args: &Serve, server: &Server, output: &Output, ready: Event) -> 
     output.say(ready).await.ok();
     if args.stdin {
         let mut lines = read_stdin()?;
+        let mut unsaid = 0;
         while let Some(line) = lines.recv().await {
-            if let Err(message) = write(server, line).await? {
-                output.say(Event::Error { message }).await.ok();
+            if let Err(mut message) = write(server, line).await? {
+                if unsaid > 0 {
+                    message =
+                        format!("{message} ({unsaid} errors before it were not said: nobody read)");
+                }
+                // Who does not read what is wrong does not keep what is right from being written.
+                unsaid = if output.try_say(Event::Error { message }) { 0 } else { unsaid + 1 };
             }
         }
     }

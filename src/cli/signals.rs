@@ -2,56 +2,69 @@
 
 use std::io;
 #[cfg(unix)]
-use std::sync::Arc;
+use std::sync::mpsc as std_mpsc;
 #[cfg(unix)]
-use std::sync::atomic::AtomicBool;
+use std::time::{Duration, Instant};
 
 #[cfg(unix)]
-use signal_hook::{consts, flag};
-
+use signal_hook::{consts, iterator, low_level};
 #[cfg(unix)]
-use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::sync::mpsc;
 
-/// From its making on, the first of these signals does not end the process by itself. The second one does, with
+/// How long behind the first signal a second one is meant: `timeout` and supervisors tell a process and its group, which is two of
+/// them at once.
+#[cfg(unix)]
+const AGAIN: Duration = Duration::from_millis(500);
+
+/// How long the last word may take.
+#[cfg(unix)]
+const LAST_WORD: Duration = Duration::from_millis(100);
+
+/// From its making on, the first of these signals does not end the process by itself. A second one that comes a while later does, with
 /// exit code 1, whatever the process is at.
 #[cfg(unix)]
-pub(super) struct Signals {
-    interrupt: Signal,
-    terminate: Signal,
-    /// It may come twice by itself, from the shell and from the system: so the second one ends nothing.
-    hang_up: Option<Signal>,
-}
+pub(super) struct Signals(mpsc::UnboundedReceiver<()>);
 
 #[cfg(unix)]
 impl Signals {
     pub(super) fn new() -> io::Result<Self> {
-        let told = Arc::new(AtomicBool::new(false));
-        for signal in [consts::SIGINT, consts::SIGTERM] {
-            // What is registered first is done first.
-            flag::register_conditional_shutdown(signal, 1, Arc::clone(&told))?;
-            flag::register(signal, Arc::clone(&told))?;
-        }
-        Ok(Self {
-            interrupt: signal(SignalKind::interrupt())?,
-            terminate: signal(SignalKind::terminate())?,
-            hang_up: hang_up_counts().then(|| signal(SignalKind::hangup())).transpose()?,
-        })
+        let mut counting = vec![consts::SIGINT, consts::SIGTERM];
+        counting.extend(hang_up_counts().then_some(consts::SIGHUP));
+        let mut signals = iterator::Signals::new(counting)?;
+        let (tell, told) = mpsc::unbounded_channel();
+        let thread = std::thread::Builder::new().name("signals".to_owned());
+        thread.spawn(move || {
+            let mut first = None;
+            for signal in signals.forever() {
+                let since = first.get_or_insert_with(Instant::now).elapsed();
+                // A terminal that is closed says so twice, some time apart.
+                if since >= AGAIN && signal != consts::SIGHUP {
+                    end_at_once();
+                }
+                // Nobody waits for another one.
+                tell.send(()).ok();
+            }
+        })?;
+        Ok(Self(told))
     }
 
     /// Waits for the next one.
     pub(super) async fn recv(&mut self) {
-        let hang_up = async {
-            match &mut self.hang_up {
-                Some(signal) => drop(signal.recv().await),
-                None => std::future::pending().await,
-            }
-        };
-        tokio::select! {
-            _ = self.interrupt.recv() => {}
-            _ = self.terminate.recv() => {}
-            () = hang_up => {}
-        }
+        // The thread does not end.
+        self.0.recv().await;
     }
+}
+
+/// Says so, if somebody reads it, and ends.
+#[cfg(unix)]
+fn end_at_once() {
+    let (tell, said) = std_mpsc::channel();
+    std::thread::spawn(move || {
+        eprintln!("error: ended at once by a second signal; nothing more is written");
+        tell.send(()).ok();
+    });
+    said.recv_timeout(LAST_WORD).ok();
+    low_level::exit(1);
 }
 
 /// Whether a terminal that is closed ends it: not under nohup, which has it ignored. Where that cannot be asked, it is left

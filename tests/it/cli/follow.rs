@@ -58,7 +58,9 @@ fn a_repair_that_deletes_too_much_is_held_until_it_is_meant() {
     let held = json!({ "event": "held", "writes": 0, "deletes": 1990, "keys": 2000 });
     assert_eq!(follower.event(), held);
     let mut ready = std::net::TcpStream::connect(http).unwrap();
-    ready.write_all(b"GET /readyz HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").unwrap();
+    ready
+        .write_all(b"GET /readyz HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+        .unwrap();
     let mut answer = String::new();
     ready.read_to_string(&mut answer).unwrap();
     assert!(answer.starts_with("HTTP/1.1 503 "), "{answer}");

@@ -26,9 +26,14 @@ impl Answer {
 
 /// Sends these bytes as they are behind a request's first line.
 fn send(address: &str, line: &str, rest: &[u8]) -> Answer {
+    send_to("localhost", address, line, rest)
+}
+
+/// The same, under a name.
+fn send_to(host: &str, address: &str, line: &str, rest: &[u8]) -> Answer {
     let mut stream = TcpStream::connect(address).unwrap();
     stream.set_read_timeout(Some(LONG)).unwrap();
-    write!(stream, "{line} HTTP/1.1\r\nHost: test\r\nConnection: close\r\n").unwrap();
+    write!(stream, "{line} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n").unwrap();
     stream.write_all(rest).unwrap();
     let mut answer = Vec::new();
     stream.read_to_end(&mut answer).unwrap();
@@ -144,6 +149,27 @@ fn keys_of_any_bytes_are_written_read_and_deleted() {
     assert_eq!(follower.end().code, Some(0));
     server.signal("TERM");
     assert_eq!(server.end().code, Some(0));
+}
+
+/// A page may lead a name of its own here, and read what it asks for.
+#[test]
+fn a_name_that_is_not_of_this_machine_is_refused() {
+    let (_server, _, http) = serve_http();
+    for host in ["localhost", "LOCALHOST:80", "127.0.0.1", "127.0.0.1:80", "[::1]", "[::1]:80"] {
+        assert_eq!(send_to(host, &http, "GET /healthz", b"\r\n").status, 200, "{host}");
+    }
+    for host in
+        ["evil.example", "evil.example:80", "localhost.evil.example", "127.0.0.1.evil.example"]
+    {
+        let answer = send_to(host, &http, "GET /healthz", b"\r\n");
+        assert_eq!(answer.status, 421, "{host}");
+        assert!(answer.text().starts_with(&format!("{host} is a name")), "{answer:?}");
+        let written = send_to(host, &http, "PUT /keys/k", b"Content-Length: 1\r\n\r\nv");
+        assert_eq!(written.status, 421, "{host}");
+    }
+    assert_eq!(get(&http, "/keys/k").status, 404);
+    let (_server, _, http) = serve_http_with(&["--insecure"]);
+    assert_eq!(send_to("table.example", &http, "GET /healthz", b"\r\n").status, 200);
 }
 
 #[test]
