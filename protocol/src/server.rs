@@ -829,10 +829,12 @@ impl Session {
             Phase::Snapshot => {
                 at.recording = true;
                 at.phase = Phase::Walk { asked: false };
-                let (root, full) = (at.root, at.full);
+                let full = at.full;
                 let sent = cursor.0.saturating_sub(at.asked_at.0);
                 let little = sent <= tree.len() as u64 / WORTH_WALKING;
-                let nothing = at.len == 0 && root.is_some() && little;
+                let nothing = at.len == 0 && at.root.is_some() && little;
+                // Nor is there anything to compare that of an empty table with, for which all that changed would be hashed.
+                let root = at.root.filter(|_| nothing || at.len > 0);
                 let len = if nothing { 0 } else { at.len.saturating_add(sent).max(1) };
                 self.events.push_back(Event::Walk { diff, tree, root, len, full });
             }
