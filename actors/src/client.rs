@@ -554,6 +554,8 @@ impl Client {
                     session.handle_snapshot(diff, tree.clone());
                     if let Some(running) = &mut self.running {
                         (running.at, running.snapshot) = (session.stream(), Some(Snapshot(tree)));
+                        // What was changed while it waited is in it.
+                        running.changed |= std::mem::take(&mut self.changed);
                     }
                 }
                 Output::Progress(progress) => self.progress(progress),
@@ -586,7 +588,10 @@ impl Client {
                     self.fell_behind += 1;
                     metrics::fell_behind();
                     self.emit(|| Event::FellBehind(revision));
-                    self.want_diff(false);
+                    // One that waits for its place is of the table behind this.
+                    if self.running.is_none() {
+                        self.want_diff(false);
+                    }
                 }
                 Output::Close(close) => self.closed(connection, close, ctx),
             }

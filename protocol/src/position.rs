@@ -6,7 +6,6 @@ use serde::{Deserialize, Serialize};
 
 use crate::change::Change;
 use crate::tree::{Entry, Hash, KeyHash, sent_as_bytes, shown_as_hex};
-use crate::wire::AsIs;
 
 /// The number of a change: 1 for the first of an epoch, then dense, so that a gap is provable.
 ///
@@ -155,7 +154,7 @@ impl<'de> Deserialize<'de> for Position {
             let Named { epoch, revision, chain } = Named::deserialize(deserializer)?;
             return Ok(Self { epoch, revision, chain });
         }
-        let (epoch, revision, chain) = Deserialize::deserialize(AsIs(deserializer))?;
+        let (epoch, revision, chain) = Deserialize::deserialize(deserializer)?;
         Ok(Self { epoch, revision, chain })
     }
 }

@@ -230,7 +230,11 @@ impl Table {
                     }
                     // A live change says so.
                     Ok(None) => {}
-                    Err(()) => values.failed.push(hash),
+                    // It was read all the same.
+                    Err(size) => {
+                        bytes += size;
+                        values.failed.push(hash);
+                    }
                 }
             } else if let Some(prefix) = found.deletes.get(values.next - found.writes.len()) {
                 if self.tree.get_prefix(*prefix).next().is_none() {
@@ -245,10 +249,10 @@ impl Table {
         values
     }
 
-    /// The value of a key that the walk found; `Ok(None)` if the tree has no such key any more, an error if
-    /// the store does not have what the tree says.
-    fn checked_value(&self, found: &Entry) -> Result<Option<Value>, ()> {
-        let value = self.reader.get(found.key()).map_err(|_| ());
+    /// The value of a key that the walk found; `Ok(None)` if the tree has no such key any more, an error, with how many bytes
+    /// the store has, if that is not what the tree says.
+    fn checked_value(&self, found: &Entry) -> Result<Option<Value>, usize> {
+        let value = self.reader.get(found.key()).map_err(|_| 0);
         let hash = value.as_ref().ok().and_then(Option::as_ref);
         let hash = hash.map(|value| Hash::of_entry(found.key(), value));
         if hash == Some(*found.hash()) {
@@ -259,7 +263,7 @@ impl Table {
         match self.tree.get_hashed(found.key_hash(), found.key()) {
             None => Ok(None),
             Some(now) if hash == Some(*now.hash()) => value,
-            Some(_) => Err(()),
+            Some(_) => Err(value?.map_or(0, |value| value.len())),
         }
     }
 }

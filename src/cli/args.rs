@@ -16,7 +16,7 @@ key_base64 and value_base64. Empty lines are skipped; of a key that comes twice 
 Keys are up to 64 KiB, values up to 8 MiB.
 
 SIGINT, SIGTERM and, on Linux, a closed terminal end the command in an orderly way, a second of the
-first two at once. The log goes to stderr; RUST_LOG=info says more.
+first two, half a second later or more, at once. The log goes to stderr; RUST_LOG=info says more.
 
 Exit codes: 0 done, or ended by a signal (--once and verify were not done then: 1); 1 it failed, the
 tables differ (--once, verify), a repair is held (--once), a dump was not written, there is no such key
@@ -74,8 +74,8 @@ pub(super) struct Serve {
     /// --tls-ca; and answer HTTP there, which asks nobody who they are
     #[arg(long)]
     pub(super) insecure: bool,
-    /// How long followers have to read what is left for them when a signal comes. A second signal ends it
-    /// at once
+    /// How long followers have to read what is left for them when a signal comes. A second signal, half a
+    /// second later or more, ends it at once
     #[arg(long, value_name = "SECONDS", default_value = "5", value_parser = seconds)]
     pub(super) drain_timeout: Duration,
     /// How often followers compare their roots with the table's; 0 is only behind a diff

@@ -95,9 +95,13 @@ impl Output {
         self.events.send(event).await.map_err(|_| Closed)
     }
 
-    /// Says it, if not too much is unsaid; whether it will be said.
-    pub(super) fn try_say(&self, event: Event) -> bool {
-        self.events.try_send(event).is_ok()
+    /// Says it, if there is room for it in so long a time; whether there was.
+    pub(super) async fn say_within(&self, patience: Duration, event: Event) -> bool {
+        // No time is a millisecond for a timer.
+        if patience.is_zero() {
+            return self.events.try_send(event).is_ok();
+        }
+        self.events.send_timeout(event, patience).await.is_ok()
     }
 
     /// Says why it failed, if it did, and waits until all is said. Whether it was; a reader that has

@@ -168,6 +168,8 @@ fn keep_owner(file: &File, old: &std::fs::Metadata) {
     if new.is_ok_and(|new| new != (uid, gid))
         && let Err(error) = fchown(file, Some(uid), Some(gid))
     {
+        // Who may not give it away may leave it to the group.
+        fchown(file, None, Some(gid)).ok();
         tracing::warn!(uid, gid, %error, "a dump has another owner than the file that it replaces");
     }
 }

@@ -72,6 +72,7 @@ pub(super) async fn run(args: &Follow, output: &Output) -> Result<ExitCode, Fail
             client.status().await.map(|status| match status.last_diff {
                 // What was to be said before took its time.
                 Some(DiffOutcome::Done(report)) => Left::Done { equal: report.equal() },
+                Some(DiffOutcome::Aborted(why)) if is_held(why) => Left::Held,
                 Some(DiffOutcome::Aborted(_)) | None => Left::TooLate(status.disconnected),
             })
         }

@@ -3,6 +3,7 @@
 use std::io::{BufRead, stdin};
 use std::process::ExitCode;
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::Context as _;
 use tokio::sync::mpsc;
@@ -19,6 +20,9 @@ use crate::{Change, Error, Hash, Limits, Position, Server, ServerConfig};
 
 /// How many changes from stdin wait to be written. Then no more is read.
 const WAITING: usize = 16;
+
+/// How long a writer waits for whoever reads what is wrong, the first time.
+const PATIENCE: Duration = Duration::from_secs(1);
 
 /// What a line of stdin says, or what is wrong with it and where.
 type Line = Result<(u64, Change), String>;
@@ -123,15 +127,20 @@ async fn serve(args: &Serve, server: &Server, output: &Output, ready: Event) -> 
     output.say(ready).await.ok();
     if args.stdin {
         let mut lines = read_stdin()?;
+        // Who does not read what is wrong does not keep what is right from being written.
         let mut unsaid = 0;
         while let Some(line) = lines.recv().await {
-            if let Err(mut message) = write(server, line).await? {
-                if unsaid > 0 {
-                    message =
-                        format!("{message} ({unsaid} errors before it were not said: nobody read)");
+            if let Err(message) = write(server, line).await? {
+                let patience = if unsaid == 0 { PATIENCE } else { Duration::ZERO };
+                let error = Event::Error { message };
+                unsaid += u64::from(!output.say_within(patience, error).await);
+            }
+            if unsaid > 0 {
+                let message = format!("{unsaid} errors were not said: what was said was not read");
+                let error = Event::Error { message };
+                if output.say_within(Duration::ZERO, error).await {
+                    unsaid = 0;
                 }
-                // Who does not read what is wrong does not keep what is right from being written.
-                unsaid = if output.try_say(Event::Error { message }) { 0 } else { unsaid + 1 };
             }
         }
     }

@@ -36,9 +36,10 @@ impl Signals {
         thread.spawn(move || {
             let mut first = None;
             for signal in signals.forever() {
-                let since = first.get_or_insert_with(Instant::now).elapsed();
-                // A terminal that is closed says so twice, some time apart.
-                if since >= AGAIN && signal != consts::SIGHUP {
+                // A terminal that is closed says so twice, some time apart, and what was its session is told to end behind that.
+                if signal != consts::SIGHUP
+                    && first.get_or_insert_with(Instant::now).elapsed() >= AGAIN
+                {
                     end_at_once();
                 }
                 // Nobody waits for another one.
@@ -59,11 +60,13 @@ impl Signals {
 #[cfg(unix)]
 fn end_at_once() {
     let (tell, said) = std_mpsc::channel();
-    std::thread::spawn(move || {
+    let speaks = std::thread::Builder::new().spawn(move || {
         eprintln!("error: ended at once by a second signal; nothing more is written");
         tell.send(()).ok();
     });
-    said.recv_timeout(LAST_WORD).ok();
+    if speaks.is_ok() {
+        said.recv_timeout(LAST_WORD).ok();
+    }
     low_level::exit(1);
 }
 

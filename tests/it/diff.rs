@@ -69,6 +69,8 @@ async fn what_came_while_a_diff_waited_does_not_come_again() {
     });
     let queued = |event: &Event| matches!(event, Event::Progress(_)).then_some(());
     event(&mut events, queued).await;
+    // Of before and of after it is asked for.
+    client.write(key(4000), "its own, too").await.unwrap();
     let mut last = None;
     for number in 1..1000 {
         last = server.write(key(number), "live").await.unwrap().position();
@@ -77,8 +79,10 @@ async fn what_came_while_a_diff_waited_does_not_come_again() {
     within(async { while client.status().await.unwrap().stream != last {} }).await;
     drop(holds);
     let DiffOutcome::Done(report) = within(diff).await.unwrap().unwrap() else { panic!() };
-    assert_eq!((report.written, report.suppressed, report.deleted), (1, 0, 0), "{report:?}");
-    assert!(report.bytes_received < 200_000, "{report:?}");
+    assert_eq!((report.written, report.suppressed, report.deleted), (2, 0, 0), "{report:?}");
+    assert!(report.equal() && report.bytes_received < 200_000, "{report:?}");
+    // Nothing that was changed beside the server is left.
+    assert!(client.status().await.unwrap().position.is_some());
     assert_converges(&server, &client).await;
 }
 

@@ -192,8 +192,11 @@ impl Places {
         // Where a place is free, it is not for want of one that anybody waits, but for that which some share.
         let full = self.running.len() >= self.places;
         let shared = self.running.iter().any(|running| running.again);
-        let mut again = usize::from(!self.waiting_again.is_empty());
-        let others = self.waiting.len() + if shared { 0 } else { again };
+        // Those that have rested share none any more.
+        let rested = self.waiting_again.values().filter(|(.., ended)| ended.elapsed() >= self.rest);
+        let rested = rested.count();
+        let mut again = usize::from(self.waiting_again.len() > rested);
+        let others = self.waiting.len() + rested + if shared { 0 } else { again };
         let mut others = if full { others.min(most) } else { 0 };
         let gives_way = move |running: &&Running| {
             let late = running.since.elapsed() >= long || running.step.elapsed() >= long / STEPS;
@@ -382,6 +385,24 @@ mod tests {
         wait(&mut places, 6, None);
         assert_eq!(admitted(&mut places), [5]);
         assert_eq!(overdue(&places), [1, 2]);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn for_those_that_have_rested_others_give_way() {
+        let mut places = Places::new(2, Duration::from_secs(10));
+        let wait = |places: &mut Places, follower, ended| {
+            let turn = places.turn(ended);
+            places.wait(FollowerId(follower), DIFF, turn);
+        };
+        let ended = Instant::now();
+        wait(&mut places, 1, None);
+        assert_eq!(admitted(&mut places), [1]);
+        tokio::time::advance(Duration::from_secs(40)).await;
+        wait(&mut places, 2, Some(Instant::now()));
+        assert_eq!(admitted(&mut places), [2]);
+        wait(&mut places, 3, Some(ended));
+        let overdue: Vec<_> = places.overdue(Duration::from_secs(30)).collect();
+        assert_eq!(overdue, [(FollowerId(1), DIFF)]);
     }
 
     #[tokio::test(start_paused = true)]

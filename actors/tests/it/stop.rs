@@ -5,6 +5,7 @@ use std::time::Duration;
 use tablecast_actors::ServerConfig;
 use tablecast_actors::protocol::{Change, Reason, ToClient};
 use tablecast_actors::server::{Stop, Write};
+use tokio::time::Instant;
 
 use crate::by_hand::read;
 use crate::connection::{serve, subscribe};
@@ -71,4 +72,23 @@ async fn who_is_slow_is_sent_all_within_the_time_for_it() {
     stopped.unwrap();
     assert_eq!(reason, Reason::Stopping);
     assert_eq!(revisions, [1, 2, 3, 4, 5, 6, 7, 8]);
+}
+
+/// However long it has to read.
+#[actix_rt::test]
+async fn who_takes_nothing_any_more_does_not_hold_up_the_end() {
+    tokio::time::pause();
+    let drain_timeout = Duration::from_secs(3600);
+    let config = ServerConfig { drain_timeout, ..ServerConfig::default() };
+    let stall_timeout = config.stall_timeout;
+    let (endpoint, access) = serve(config).await;
+    let server = endpoint.server();
+    let _stream = subscribe(&access).await;
+    for _ in 0..8 {
+        let change = Change::write("large", vec![7; 60_000]);
+        server.send(Write(vec![change])).await.unwrap().unwrap();
+    }
+    let start = Instant::now();
+    server.send(Stop).await.unwrap();
+    assert!(start.elapsed() < 3 * stall_timeout, "{:?}", start.elapsed());
 }

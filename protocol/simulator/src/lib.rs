@@ -108,7 +108,7 @@ impl Config {
         Self {
             followers: rng.usize(1..=3),
             keys,
-            log_bytes: if rng.bool() { rng.usize(3000..8000) } else { rng.usize(100..1000) },
+            log_bytes: if rng.bool() { rng.usize(9000..24_000) } else { rng.usize(300..4000) },
             updated_keys: rng.usize(2..25),
             repair_bytes: rng.usize(8..200),
             answer_bytes: rng.usize(60..500),

@@ -195,7 +195,8 @@ impl Walk {
             return Err(malformed("it covers no node"));
         }
         self.query_nodes = (self.answered - before).saturating_mul(ASK_AGAIN);
-        if self.answered == self.asked.len() || self.room() == 0 {
+        // Not for the last few of them alone, or each query would be for fewer.
+        if self.answered == self.asked.len() || self.room() < LEVEL_NODES / 64 {
             self.descend();
         }
         Ok(self.step())

@@ -34,7 +34,7 @@ fn actions() -> impl Strategy<Value = Vec<Action>> {
 fn config() -> impl Strategy<Value = WorldConfig> {
     let most = prop_oneof![Just(1_u64), Just(u64::MAX)];
     let shorten = prop_oneof![Just(0_usize), Just(1000)];
-    let log = prop_oneof![2 => 100_usize..1000, 1 => 3000_usize..8000];
+    let log = prop_oneof![2 => 300_usize..2000, 1 => 9000_usize..24_000];
     (1_usize..=3, log, 2_usize..40, 8_usize..200, (1_usize..=2, shorten, most)).prop_map(
         |(followers, log_bytes, updated_keys, repair_bytes, rest)| WorldConfig {
             followers,

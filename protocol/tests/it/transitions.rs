@@ -17,7 +17,7 @@ use tablecast_protocol::wire::{self, Changes, HEADER_BYTES, Message, Raw, VERSIO
 use tablecast_protocol::{
     AbortReason, Chain, ChainTag, Change, DecodeError, DiffId, Digest, Entry, Epoch, FollowerId,
     Hash, HeartbeatConfig, Limits, Log, MemoryStore, Missed, Mutation, Position, Reason, Replica,
-    Revision, Shortened, Table, ToClient, ToServer, Tree, Way,
+    Revision, Shortened, Store, Table, ToClient, ToServer, Tree, Way,
 };
 
 const PAGE: &str = include_str!("../../../docs/protocol.md");
@@ -2520,6 +2520,20 @@ fn who_asks_and_does_not_read_is_not_read_from() {
     }
     end.act(|_| {});
     assert!(end.session.wants_input());
+}
+
+/// A turn of the server reads no more for it than for what is sent.
+#[test]
+fn what_is_not_what_the_tree_says_is_read_all_the_same() {
+    let mut store: MemoryStore =
+        (0..20_u8).map(|key| (vec![key].into(), bytes::Bytes::from("value"))).collect();
+    let mut table = Table::open(store.clone(), Limits::default()).unwrap();
+    let forged: Vec<_> = (0..20_u8).map(|key| Change::write(vec![key], vec![0; 1000])).collect();
+    Store::apply(&mut store, &forged).unwrap();
+    let writes = table.tree().iter().cloned().collect();
+    let found = Difference { writes, deletes: Vec::new() };
+    let values = table.read(&found, 0, 3000);
+    assert_eq!((values.next, values.failed.len(), values.writes.len()), (3, 3, 0));
 }
 
 #[test]

@@ -230,6 +230,32 @@ fn a_walk_that_finds_more_than_it_keeps_goes_down_before_it_goes_on() {
     }
 }
 
+/// Were all room used, the last of it would be for a node a query.
+#[test]
+fn a_walk_that_goes_down_asks_for_many_at_once() {
+    let root = Some(Hash::from_bytes([7; 24]));
+    let (mut walk, _) = Walk::new(filled(1000), root, 40_000_000, false, 1 << 20, 10);
+    let level = [vec![0], all_other(1)].concat();
+    walk.handle_answer(&[vec![0], all_other(2)].concat().into()).unwrap();
+    for nodes in [256, 4096, 65_536] {
+        walk.handle_answer(&level.repeat(nodes).into()).unwrap();
+    }
+    // One child differs, and the others are not there.
+    let one = [&[0, 0x80, 0][..], &[7; 6]].concat();
+    let mut nodes = 65_536;
+    let mut queries = 0;
+    loop {
+        match walk.handle_answer(&one.repeat(nodes).into()).unwrap() {
+            Step::Ask(query) if query.depth == 5 => nodes = query.nodes.len() / 3,
+            Step::Ask(_) => break,
+            Step::Done(_) => panic!("it is done"),
+        }
+        queries += 1;
+        assert!(nodes >= 16_000, "{nodes} nodes in query {queries}");
+    }
+    assert!(queries < 30, "{queries} queries");
+}
+
 #[test]
 fn no_more_entries_of_a_node_are_taken_than_were_asked_for() {
     for (count, fits) in [(32, true), (33, false)] {

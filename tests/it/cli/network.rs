@@ -227,3 +227,33 @@ fn a_second_signal_ends_it_at_once() {
     assert_eq!(ended.code, Some(1));
     assert!(ended.stderr.contains("ended at once by a second signal"), "{}", ended.stderr);
 }
+
+/// What was its session is told to end behind it, which is no second time.
+#[test]
+fn a_closed_terminal_is_not_the_first_of_two() {
+    let files = Files::new();
+    let dump = files.path("dump");
+    let (mut server, listen) = serve([
+        "serve",
+        "--listen",
+        "127.0.0.1:0",
+        "--stdin",
+        "--json",
+        "--dump",
+        &dump,
+        "--drain-timeout",
+        "2",
+    ]);
+    let _stream = stuck(&listen);
+    fill(&mut server);
+    if hang_up_counts() {
+        server.signal("HUP");
+        until_deaf(&listen);
+        // A second signal would count by then.
+        let said = server.stdout.recv_timeout(Duration::from_millis(700));
+        assert_eq!(said, Err(RecvTimeoutError::Timeout));
+    }
+    server.signal("TERM");
+    assert_eq!(server.end().code, Some(0));
+    assert!(files.has("dump"));
+}

@@ -33,7 +33,7 @@ const FOLLOWER: FollowerId = FollowerId(1);
 /// A server's session, fed with any messages that can be said, in any order, beside writes and time. Never a
 /// panic. What it sends is at most `FACTOR` times what it was sent, each change once, and the whole table for
 /// every diff that was begun; a repair is as large as it may be and a key more; it asks for at most `REQUESTS` things at a time,
-/// and two whenever it falls off the log, which is as many writes of a server that answers in between; and behind its
+/// and two whenever it falls off the log, which is as many writes of a server that answers in between, or is told that others wait; and behind its
 /// last word it says nothing. Answers which messages came in which states.
 pub fn server(input: &[u8]) -> Coverage {
     let mut u = Unstructured::new(input);
@@ -88,7 +88,7 @@ impl Server {
             follower.insert(&key(u)?, b"another");
         }
         table.ready(Epoch::from_bytes([1; 16]));
-        let log_bytes = *u.choose(&[100, 1000, 1 << 20])?;
+        let log_bytes = *u.choose(&[400, 4000, 1 << 20])?;
         let fitting =
             Fitting { root: follower.root(), len: follower.len() as u64, ..Fitting::default() };
         let mut server = Self {
@@ -175,7 +175,11 @@ impl Server {
                 self.session.handle_malformed(&error);
             }
             3..5 => self.session.handle_walk_failed(self.fitting.diff),
-            5 => self.session.handle_busy(self.fitting.diff),
+            5 => {
+                // Said to one that waits it is an answer, and what was asked is none the less here.
+                self.falls += 1;
+                self.session.handle_busy(self.fitting.diff);
+            }
             _ => self.session.handle_heard(self.now),
         }
         Ok(())
