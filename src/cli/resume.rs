@@ -61,14 +61,16 @@ fn matches(saved: &Saved, (root, keys): (Hash, usize)) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Forgets where the table of a file stood.
-pub(super) fn forget(file: &Path) -> anyhow::Result<()> {
+/// Forgets where the table of a file stood. Whether it was known until now: of two who forget it at once, for one of them.
+pub(super) fn forget(file: &Path) -> anyhow::Result<bool> {
     let path = beside(file);
-    match std::fs::remove_file(&path).map(|()| file::sync(file::directory_of(&path))) {
-        Err(error) if error.kind() != ErrorKind::NotFound => {
-            Err(error).with_context(|| format!("cannot remove {}", path.display()))
+    match std::fs::remove_file(&path) {
+        Ok(()) => {
+            file::sync(file::directory_of(&path));
+            Ok(true)
         }
-        Ok(()) | Err(_) => Ok(()),
+        Err(error) if error.kind() == ErrorKind::NotFound => Ok(false),
+        Err(error) => Err(error).with_context(|| format!("cannot remove {}", path.display())),
     }
 }
 
@@ -81,7 +83,7 @@ pub(super) fn save(
     root: Hash,
     keys: usize,
 ) -> anyhow::Result<()> {
-    let Some(position) = position else { return forget(file) };
+    let Some(position) = position else { return forget(file).map(drop) };
     let saved = Saved { position, root, keys };
     Dump::at(&beside(file))?.replace(|out| {
         serde_json::to_writer(&mut *out, &saved)?;
@@ -116,6 +118,9 @@ mod tests {
         let (root, keys) = root_of(&table).unwrap();
         save(&file, Some(position), root, keys).unwrap();
         assert_eq!(load(&file, || root_of(&table)).unwrap(), Some(position));
+        // Two servers may have read it by then.
+        assert_eq!([(); 2].map(|()| forget(&file).unwrap()), [true, false]);
+        save(&file, Some(position), root, keys).unwrap();
         let error = format!("{:#}", load(&file, || root_of(&other)).unwrap_err());
         assert!(error.contains("table.position does not count: it is of 1 keys"), "{error}");
         std::fs::write(beside(&file), "{").unwrap();

@@ -5,7 +5,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::Context as _;
+use anyhow::{Context as _, ensure};
 use tokio::sync::mpsc;
 
 use super::events::{Event, Output};
@@ -110,7 +110,11 @@ fn config(args: &Serve) -> Result<ServerConfig, Failure> {
 /// of one name.
 async fn position(args: &Serve, table: (Hash, usize), output: &Output) -> Option<Position> {
     let path = args.load.as_deref().filter(|_| args.resume)?;
-    let forgotten = |position| resume::forget(path).map(|()| position);
+    let forgotten = |position: Option<Position>| {
+        let known = resume::forget(path)?;
+        ensure!(known || position.is_none(), "another server has just taken it");
+        Ok(position)
+    };
     match resume::load(path, || Ok(table)).and_then(forgotten) {
         Ok(position) => position,
         Err(error) => {
