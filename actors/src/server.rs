@@ -305,8 +305,9 @@ impl Server {
     }
 
     /// Takes the places of diffs that have had theirs for long, as many as others wait for.
-    fn end_turns(&self) {
-        for (follower, diff) in self.places.overdue(self.config.diff_turn) {
+    fn end_turns(&mut self) {
+        let overdue: Vec<_> = self.places.overdue(self.config.diff_turn).collect();
+        for (follower, diff) in overdue {
             self.reply(follower, Reply::Busy(diff));
         }
     }

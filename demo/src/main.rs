@@ -79,6 +79,10 @@ async fn connected(
     Ok((server, client, report))
 }
 
+async fn diff(client: &Client) -> anyhow::Result<DiffReport> {
+    done(timeout(LONG, client.diff()).await.context("no diff")??)
+}
+
 fn done(outcome: DiffOutcome) -> anyhow::Result<DiffReport> {
     match outcome {
         DiffOutcome::Done(report) => Ok(report),
@@ -109,7 +113,7 @@ async fn first_act() -> anyhow::Result<()> {
     client.write("key5", "nobody else has it").await?;
     show("three keys of the follower are broken", &**server.reader(), &**client.reader())?;
 
-    let report = done(timeout(LONG, client.diff()).await.context("no diff")??)?;
+    let report = diff(&client).await?;
     show("a diff repaired them", &**server.reader(), &**client.reader())?;
     println!("    {} written, {} deleted\n", report.written, report.deleted);
     check(&server, &client)?;
@@ -160,7 +164,7 @@ async fn second_act(arguments: &Arguments) -> anyhow::Result<()> {
     println!("{differ} keys of the follower changed, deleted or added");
 
     let writes = Writes::start(&server, keys, broken, random);
-    let report = done(timeout(LONG, client.diff()).await.context("no diff")??)?;
+    let report = diff(&client).await?;
     let (count, touched, head) = writes.stop().await?;
     println!(
         "a diff repaired them while {count} changes were written, to {touched} broken keys too:"

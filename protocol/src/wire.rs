@@ -78,8 +78,8 @@ pub fn encode<M: Message>(message: &M) -> Bytes {
 pub fn decode<M: Message>(payload: &[u8], limits: &Limits) -> Result<M, DecodeError> {
     let bytes = payload.len();
     let malformed = |why: String| DecodeError::Malformed { bytes, why };
-    if bytes > TEXT_BYTES && has_long_text(payload) {
-        return Err(malformed(format!("a text is above {TEXT_BYTES} bytes")));
+    if bytes > LONGEST_TEXT && has_long_text(payload) {
+        return Err(malformed(format!("a text is above {LONGEST_TEXT} bytes")));
     }
     let mut decoder = rmp_serde::Deserializer::from_read_ref(payload);
     decoder.set_max_depth(MAX_DEPTH);
@@ -98,7 +98,7 @@ pub fn decode<M: Message>(payload: &[u8], limits: &Limits) -> Result<M, DecodeEr
 }
 
 /// Longest text in a message. The decoder repeats one that stands where none belongs, each of its bytes as up to six.
-const TEXT_BYTES: usize = 4096;
+const LONGEST_TEXT: usize = 4096;
 
 /// How much of what the decoder says is kept.
 const WHY_BYTES: usize = 256;
@@ -141,7 +141,7 @@ fn has_long_text(payload: &[u8]) -> bool {
             | Marker::Reserved => return false,
         };
         let text = matches!(marker, Marker::Str8 | Marker::Str16 | Marker::Str32);
-        if text && length > TEXT_BYTES {
+        if text && length > LONGEST_TEXT {
             return true;
         }
         left = behind.get(of_length.saturating_add(length)..).unwrap_or_default();

@@ -69,11 +69,9 @@ pub(super) async fn run(args: &Follow, output: &Output) -> Result<ExitCode, Fail
         left = follower.follow(&mut events) => left,
         () = signals.recv() => Ok(Left::Told),
         () = tokio::time::sleep(args.timeout), if args.once => {
-            client.status().await.map(|status| match status.last_diff {
-                // What was to be said before took its time.
-                Some(DiffOutcome::Done(report)) => Left::Done { equal: report.equal() },
-                Some(DiffOutcome::Aborted(why)) if is_held(why) => Left::Held,
-                Some(DiffOutcome::Aborted(_)) | None => Left::TooLate(status.disconnected),
+            // What was to be said before may have taken its time.
+            client.status().await.map(|status| {
+                left_by(status.last_diff).unwrap_or(Left::TooLate(status.disconnected))
             })
         }
     };
@@ -271,8 +269,7 @@ impl Follower<'_> {
         }
         Ok(match self.client.status().await?.last_diff {
             Some(DiffOutcome::Done(report)) => self.done(report).await,
-            Some(DiffOutcome::Aborted(why)) if is_held(why) => Ok(Some(Left::Held)),
-            Some(DiffOutcome::Aborted(_)) | None => Ok(None),
+            last => Ok(left_by(last)),
         })
     }
 }
@@ -285,6 +282,14 @@ fn is_silent(mut events: broadcast::Receiver<Happened>) -> bool {
             Ok(_) => {}
             Err(TryRecvError::Empty | TryRecvError::Closed) => return true,
         }
+    }
+}
+
+/// Why `--once` leaves, if this is how the last diff ended.
+fn left_by(last: Option<DiffOutcome>) -> Option<Left> {
+    match last? {
+        DiffOutcome::Done(report) => Some(Left::Done { equal: report.equal() }),
+        DiffOutcome::Aborted(why) => is_held(why).then_some(Left::Held),
     }
 }
 

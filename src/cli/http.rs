@@ -18,7 +18,8 @@ use std::net::{IpAddr, Shutdown, SocketAddr, TcpListener};
 use std::time::Duration;
 
 use actix_web::dev::{Extensions, ServerHandle, Service as _};
-use actix_web::http::{ConnectionType, StatusCode, header};
+use actix_web::http::header::{self, HeaderMap};
+use actix_web::http::{ConnectionType, StatusCode};
 use actix_web::middleware::DefaultHeaders;
 use actix_web::web::{self, Data, Payload};
 use actix_web::{App, HttpRequest, HttpResponse, HttpServer, ResponseError, Route, guard};
@@ -88,6 +89,16 @@ fn is_here(host: &str) -> bool {
     address.is_ok() || name.eq_ignore_ascii_case("localhost")
 }
 
+fn check_host(headers: &HeaderMap) -> Result<(), Refusal> {
+    let host = headers.get(header::HOST).and_then(|host| host.to_str().ok());
+    let Some(host) = host.filter(|host| !is_here(host)) else { return Ok(()) };
+    let text = format!(
+        "{host} is a name that a page may have given to this machine: \
+         ask for localhost or an address, or let others ask (--insecure)"
+    );
+    Err(Refusal::new(StatusCode::MISDIRECTED_REQUEST, text))
+}
+
 /// Installs the recorder of metrics; once a process.
 fn record() -> anyhow::Result<PrometheusHandle> {
     let seconds = Matcher::Full("tablecast_client_diff_seconds".to_owned());
@@ -127,16 +138,8 @@ impl Http {
             let app = app.wrap_fn(move |request, next| {
                 let ending = request.conn_data::<Ending>();
                 let last = ending.is_some_and(|ending| ending.since.elapsed() >= LAST_TIME);
-                let host = request.headers().get(header::HOST).and_then(|host| host.to_str().ok());
-                let stranger = host.filter(|host| !by_any_name && !is_here(host));
-                let refusal = stranger.map(|host| {
-                    let text = format!(
-                        "{host} is a name that a page may have given to this machine: \
-                         ask for localhost or an address, or let others ask (--insecure)"
-                    );
-                    Refusal::new(StatusCode::MISDIRECTED_REQUEST, text)
-                });
-                let answer = refusal.map_or_else(|| Ok(next.call(request)), Err);
+                let named = if by_any_name { Ok(()) } else { check_host(request.headers()) };
+                let answer = named.map(|()| next.call(request));
                 async move {
                     let mut response = answer?.await?;
                     if last {

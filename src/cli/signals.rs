@@ -11,6 +11,9 @@ use signal_hook::{consts, iterator, low_level};
 #[cfg(unix)]
 use tokio::sync::mpsc;
 
+#[cfg(unix)]
+use super::events::complain;
+
 /// How long behind the first signal a second one is meant: `timeout` and supervisors tell a process and its group, which is two of
 /// them at once.
 #[cfg(unix)]
@@ -61,7 +64,7 @@ impl Signals {
 fn end_at_once() {
     let (tell, said) = std_mpsc::channel();
     let speaks = std::thread::Builder::new().spawn(move || {
-        eprintln!("error: ended at once by a second signal; nothing more is written");
+        complain("ended at once by a second signal; nothing more is written");
         tell.send(()).ok();
     });
     if speaks.is_ok() {

@@ -7,13 +7,12 @@ use tablecast::{
     Change, DiffAborted, DiffError, DiffOutcome, DiffPhase, Error, Event, Health, MemoryStore,
     Progress, Reader, Revision, Server, ServerConfig, Store, StoreError, Verified,
 };
-use tablecast_actors::protocol::ToClient;
 
 use crate::harness::{
     Gate, LONG, Proxy, assert_converges, connect, entries, event, filled, follower, key, report,
     serve, within,
 };
-use crate::limits::{ask_for_diff, hello, read_message};
+use crate::limits::hold_a_place;
 
 #[actix_rt::test]
 async fn a_diff_reports_what_it_did() {
@@ -58,9 +57,7 @@ async fn what_came_while_a_diff_waited_does_not_come_again() {
     let (server, address) = serve(config, filled(5000)).await;
     let client = follower(address, filled(5000));
     assert!(connect(&client).await.equal());
-    let mut holds = hello(address).await;
-    ask_for_diff(&mut holds).await;
-    assert!(matches!(read_message(&mut holds).await, Some(ToClient::SyncStart { .. })));
+    let holds = hold_a_place(address).await;
     client.write(key(0), "its own").await.unwrap();
     let mut events = client.events().await.unwrap();
     let diff = actix_rt::spawn({
@@ -462,9 +459,7 @@ async fn what_is_allowed_once_is_allowed_once() {
     };
     assert_eq!(event(&mut events, held).await, 2990);
     // Somebody has the only place, so it is not used before the server is another one, which is empty, too.
-    let mut holds = hello(address).await;
-    ask_for_diff(&mut holds).await;
-    assert!(matches!(read_message(&mut holds).await, Some(ToClient::SyncStart { .. })));
+    let _holds = hold_a_place(address).await;
     client.allow_mass_delete().await.unwrap();
     within(server.stop()).await;
     let server = Server::start(config(), filled(10)).unwrap();

@@ -201,6 +201,14 @@ pub async fn ask_for_diff(stream: &mut TcpStream) {
     stream.write_all(&wire::encode(&request)).await.unwrap();
 }
 
+/// A connection whose diff has a place, and does nothing with it.
+pub async fn hold_a_place(address: SocketAddr) -> TcpStream {
+    let mut holds = hello(address).await;
+    ask_for_diff(&mut holds).await;
+    assert!(matches!(read_message(&mut holds).await, Some(ToClient::SyncStart { .. })));
+    holds
+}
+
 async fn until_waiting(server: &Server, diffs: usize) {
     within(async { while server.status().await.unwrap().diffs_waiting != diffs {} }).await;
 }
@@ -209,9 +217,7 @@ async fn until_waiting(server: &Server, diffs: usize) {
 async fn who_has_not_asked_for_longest_is_next() {
     let config = ServerConfig { diffs_at_once: 1, ..ServerConfig::default() };
     let (server, address) = serve(config, filled(10)).await;
-    let mut holds = hello(address).await;
-    ask_for_diff(&mut holds).await;
-    assert!(matches!(read_message(&mut holds).await, Some(ToClient::SyncStart { .. })));
+    let holds = hold_a_place(address).await;
     let mut patient = hello(address).await;
     let mut hasty = hello(address).await;
     ask_for_diff(&mut hasty).await;
@@ -228,9 +234,7 @@ async fn a_diff_that_takes_long_gives_way_to_others() {
     let config =
         ServerConfig { diffs_at_once: 1, diff_turn: Duration::ZERO, ..ServerConfig::default() };
     let (server, address) = serve(config, filled(10)).await;
-    let mut holds = hello(address).await;
-    ask_for_diff(&mut holds).await;
-    assert!(matches!(read_message(&mut holds).await, Some(ToClient::SyncStart { .. })));
+    let mut holds = hold_a_place(address).await;
     assert!(matches!(read_message(&mut holds).await, Some(ToClient::SyncRequest { .. })));
     let other = follower(address, MemoryStore::new());
     assert_eq!(connect(&other).await.written, 10);

@@ -37,7 +37,7 @@ use crate::access::Stream;
 use crate::access::codec::{Framed, LAST_WORDS};
 use crate::authorize::{Applicant, Token};
 use crate::budget::computed;
-use crate::config::{NEVER, ServerConfig};
+use crate::config::ServerConfig;
 use crate::error::AccessError;
 use crate::metrics;
 use crate::status::{FollowerStatus, ServedDiff, Verified};
@@ -354,17 +354,21 @@ impl Middleman {
         if let Some(timer) = self.timer.take() {
             ctx.cancel_future(timer);
         }
-        // A session that is over has none, and what it said last may be a while on its way.
-        let watched = (self.closing && !self.parting).then(|| self.now().saturating_add(NEVER));
-        if let Some(at) = self.session.poll_timeout().or(watched) {
+        let stall_timeout = self.shared.config.stall_timeout;
+        let wait = match self.session.poll_timeout() {
             // The session is right about when; a little later never is too early.
-            let wait = at.saturating_sub(self.now()).saturating_add(Duration::from_millis(1));
-            let wait = wait.min(self.shared.config.stall_timeout);
-            self.timer = Some(ctx.run_later(wait, |middleman, ctx| {
-                middleman.timer = None;
-                ctx.address().do_send(Command::Timeout);
-            }));
-        }
+            Some(at) => {
+                let wait = at.saturating_sub(self.now()).saturating_add(Duration::from_millis(1));
+                wait.min(stall_timeout)
+            }
+            // It is over, and what it said last may be a while on its way.
+            None if self.closing && !self.parting => stall_timeout,
+            None => return,
+        };
+        self.timer = Some(ctx.run_later(wait, |middleman, ctx| {
+            middleman.timer = None;
+            ctx.address().do_send(Command::Timeout);
+        }));
     }
 
     /// Gives a follower up whose socket takes nothing for too long. It cannot be told: nothing would

@@ -119,12 +119,8 @@ impl Places {
         }
     }
 
-    /// Gives a place to the diff that is next, if there is one.
-    pub(super) fn admit(&mut self) -> Option<(FollowerId, DiffId)> {
-        if self.running.len() >= self.places || self.waiting() == 0 {
-            return None;
-        }
-        let (now, busy) = (Instant::now(), self.is_busy());
+    /// Those that have rested share no place any more.
+    fn end_rests(&mut self) {
         // Whose last diff ended first is first.
         while let Some(first) = self.waiting_again.first_entry()
             && first.get().2.elapsed() >= self.rest
@@ -132,6 +128,15 @@ impl Places {
             let (number, (follower, diff, _)) = first.remove_entry();
             self.waiting.insert(number, (follower, diff));
         }
+    }
+
+    /// Gives a place to the diff that is next, if there is one.
+    pub(super) fn admit(&mut self) -> Option<(FollowerId, DiffId)> {
+        if self.running.len() >= self.places || self.waiting() == 0 {
+            return None;
+        }
+        let (now, busy) = (Instant::now(), self.is_busy());
+        self.end_rests();
         if busy && self.next > now {
             return None;
         }
@@ -187,16 +192,14 @@ impl Places {
     }
 
     /// Diffs that have run for this long, or for an eighth of it without a step, as many as others wait that could begin then.
-    pub(super) fn overdue(&self, long: Duration) -> impl Iterator<Item = (FollowerId, DiffId)> {
+    pub(super) fn overdue(&mut self, long: Duration) -> impl Iterator<Item = (FollowerId, DiffId)> {
+        self.end_rests();
         let most = if self.is_busy() { 1 } else { usize::MAX };
         // Where a place is free, it is not for want of one that anybody waits, but for that which some share.
         let full = self.running.len() >= self.places;
         let shared = self.running.iter().any(|running| running.again);
-        // Those that have rested share none any more.
-        let rested = self.waiting_again.values().filter(|(.., ended)| ended.elapsed() >= self.rest);
-        let rested = rested.count();
-        let mut again = usize::from(self.waiting_again.len() > rested);
-        let others = self.waiting.len() + rested + if shared { 0 } else { again };
+        let mut again = usize::from(!self.waiting_again.is_empty());
+        let others = self.waiting.len() + if shared { 0 } else { again };
         let mut others = if full { others.min(most) } else { 0 };
         let gives_way = move |running: &&Running| {
             let late = running.since.elapsed() >= long || running.step.elapsed() >= long / STEPS;
@@ -370,21 +373,21 @@ mod tests {
         wait(&mut places, 1, None);
         wait(&mut places, 2, Some(Instant::now()));
         assert_eq!(admitted(&mut places), [1, 2]);
-        let overdue = |places: &Places| -> Vec<u64> {
+        let overdue = |places: &mut Places| -> Vec<u64> {
             places.overdue(Duration::ZERO).map(|(follower, _)| follower.0).collect()
         };
-        assert_eq!(overdue(&places), []);
+        assert_eq!(overdue(&mut places), []);
         wait(&mut places, 3, Some(Instant::now()));
         assert_eq!(admitted(&mut places), []);
-        assert_eq!(overdue(&places), [2]);
+        assert_eq!(overdue(&mut places), [2]);
         // Nor is anybody else's ended for more of them.
         wait(&mut places, 4, Some(Instant::now()));
-        assert_eq!(overdue(&places), [2]);
+        assert_eq!(overdue(&mut places), [2]);
         // Who needs one has it, and the next one is waited for.
         wait(&mut places, 5, None);
         wait(&mut places, 6, None);
         assert_eq!(admitted(&mut places), [5]);
-        assert_eq!(overdue(&places), [1, 2]);
+        assert_eq!(overdue(&mut places), [1, 2]);
     }
 
     #[tokio::test(start_paused = true)]
@@ -414,13 +417,13 @@ mod tests {
             places.wait(FollowerId(follower), DIFF, turn);
         }
         assert_eq!(admitted(&mut places), [1]);
-        let overdue = |places: &Places| places.overdue(long).count();
+        let overdue = |places: &mut Places| places.overdue(long).count();
         for _ in 0..7 {
             tokio::time::advance(long / 8 - Duration::from_millis(1)).await;
-            assert_eq!(overdue(&places), 0);
+            assert_eq!(overdue(&mut places), 0);
             places.step(FollowerId(1));
         }
         tokio::time::advance(long / 8).await;
-        assert_eq!(overdue(&places), 1);
+        assert_eq!(overdue(&mut places), 1);
     }
 }

@@ -2,9 +2,10 @@
 
 use std::time::Duration;
 
+use actix::Addr;
 use tablecast_actors::ServerConfig;
 use tablecast_actors::protocol::{Change, Reason, ToClient};
-use tablecast_actors::server::{Stop, Write};
+use tablecast_actors::server::{Server, Stop, Write};
 use tokio::time::Instant;
 
 use crate::by_hand::read;
@@ -42,17 +43,21 @@ async fn who_does_not_read_in_time_is_told_where_the_history_ends() {
     assert!((1..10).contains(&sent.parse().unwrap()), "{text}");
 }
 
+/// More than the connection takes unread, and less than is handed to it at once.
+async fn write_more_than_it_takes(server: &Addr<Server>) {
+    for _ in 0..8 {
+        let change = Change::write("large", vec![7; 60_000]);
+        server.send(Write(vec![change])).await.unwrap().unwrap();
+    }
+}
+
 #[actix_rt::test]
 async fn who_is_slow_is_sent_all_within_the_time_for_it() {
     tokio::time::pause();
     let (endpoint, access) = serve(ServerConfig::default()).await;
     let server = endpoint.server();
     let mut stream = subscribe(&access).await;
-    // More than the connection takes unread, and less than is handed to it at once.
-    for _ in 0..8 {
-        let change = Change::write("large", vec![7; 60_000]);
-        server.send(Write(vec![change])).await.unwrap().unwrap();
-    }
+    write_more_than_it_takes(server).await;
     let stopping = server.send(Stop);
     let reading = async {
         tokio::time::sleep(Duration::from_secs(2)).await;
@@ -84,10 +89,7 @@ async fn who_takes_nothing_any_more_does_not_hold_up_the_end() {
     let (endpoint, access) = serve(config).await;
     let server = endpoint.server();
     let _stream = subscribe(&access).await;
-    for _ in 0..8 {
-        let change = Change::write("large", vec![7; 60_000]);
-        server.send(Write(vec![change])).await.unwrap().unwrap();
-    }
+    write_more_than_it_takes(server).await;
     let start = Instant::now();
     server.send(Stop).await.unwrap();
     assert!(start.elapsed() < 3 * stall_timeout, "{:?}", start.elapsed());

@@ -503,11 +503,16 @@ fn an_empty_follower_that_was_sent_much_while_it_waited_is_asked() {
 /// So many changes, each in a frame of its own.
 fn push(table: &mut Table, log: &mut Log, changes: usize) {
     for number in 0..changes {
-        table.write(&[Change::write("a", number.to_string())]).unwrap();
-        table.seal();
-        let (chunk, chain) = table.next_chunk().unwrap();
-        log.push(chunk, chain, NOW);
+        append(table, log, &[Change::write("a", number.to_string())]);
     }
+}
+
+/// A batch, in a frame of its own.
+fn append(table: &mut Table, log: &mut Log, changes: &[Change]) {
+    table.write(changes).unwrap();
+    table.seal();
+    let (chunk, chain) = table.next_chunk().unwrap();
+    log.push(chunk, chain, NOW);
 }
 
 #[test]
@@ -517,10 +522,7 @@ fn the_server_ignores_the_root_of_an_earlier_mark() {
     end.log = Log::new(1, Revision::ZERO, Chain::START);
     let mut table = server_table();
     let mut write = |log: &mut Log| {
-        table.write(&[Change::write("a", "4")]).unwrap();
-        table.seal();
-        let (chunk, chain) = table.next_chunk().unwrap();
-        log.push(chunk, chain, NOW);
+        append(&mut table, log, &[Change::write("a", "4")]);
         log.head()
     };
     let (early, late) = (server_tree().root(), follower_tree().root());
@@ -759,10 +761,7 @@ fn names_and_texts_are_cut_to_their_limits() {
 fn marks_that_are_not_answered_are_not_the_last() {
     let (mut table, mut end) = (server_table(), server_stage("relay"));
     for number in 1..=12 {
-        table.write(&[Change::write("a", number.to_string())]).unwrap();
-        table.seal();
-        let (chunk, chain) = table.next_chunk().unwrap();
-        end.log.push(chunk, chain, NOW);
+        append(&mut table, &mut end.log, &[Change::write("a", number.to_string())]);
         let (checkpoint, root) = (end.log.set_checkpoint(), table.tree().root());
         end.log.set_root(checkpoint, root);
         let revision = Revision(number);
@@ -1459,10 +1458,7 @@ impl Behind {
 
     /// A batch, in a frame of its own.
     fn write(&mut self, changes: &[Change]) {
-        self.table.write(changes).unwrap();
-        self.table.seal();
-        let (chunk, chain) = self.table.next_chunk().unwrap();
-        self.log.push(chunk, chain, NOW);
+        append(&mut self.table, &mut self.log, changes);
     }
 
     fn head(&self) -> Position {
@@ -2385,10 +2381,7 @@ fn what_is_found_is_collected_part_by_part() {
                     // A key is gone, another is new, both beside what was collected.
                     let gone = (0..10).find(|key| !keys.contains(key)).unwrap();
                     let new = Change::write(vec![77], "new");
-                    table.write(&[Change::delete(vec![gone]), new]).unwrap();
-                    table.seal();
-                    let (chunk, chain) = table.next_chunk().unwrap();
-                    end.log.push(chunk, chain, NOW);
+                    append(&mut table, &mut end.log, &[Change::delete(vec![gone]), new]);
                 }
                 let tree = table.tree().clone();
                 Box::new(|session| session.handle_snapshot(DIFF, tree))
@@ -2548,10 +2541,7 @@ fn what_cannot_be_read_and_was_updated_has_not_failed() {
             values.failed.extend(failed);
             if updated && !values.failed.is_empty() {
                 // Behind the reading: what was updated before is not read.
-                table.write(&[Change::write(vec![7], "live")]).unwrap();
-                table.seal();
-                let (chunk, chain) = table.next_chunk().unwrap();
-                end.log.push(chunk, chain, NOW);
+                append(&mut table, &mut end.log, &[Change::write(vec![7], "live")]);
             }
             end.act(|session| session.handle_values(DIFF, values));
             let next = std::mem::take(&mut end.events);
@@ -2575,10 +2565,7 @@ fn more_updated_keys_than_are_remembered_end_a_diff() {
     let mut end = admitted(&table, SessionConfig { updated_keys: 2, ..SessionConfig::default() });
     let mut write = |keys: &[&'static str]| {
         let changes: Vec<_> = keys.iter().map(|key| Change::write(*key, "3")).collect();
-        table.write(&changes).unwrap();
-        table.seal();
-        let (chunk, chain) = table.next_chunk().unwrap();
-        end.log.push(chunk, chain, NOW);
+        append(&mut table, &mut end.log, &changes);
         end.act(|_| {}).sent.clone()
     };
     assert!(matches!(write(&["a", "b"])[..], [ToClient::Live { .. }]));

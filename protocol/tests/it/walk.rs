@@ -200,26 +200,37 @@ fn a_follower_that_answers_bit_by_bit_is_not_asked_for_all_again() {
     assert!(sent <= 2 * received, "{sent} bytes are asked for {received}");
 }
 
-/// A table of forty million differs everywhere: most of a million nodes of the fifth level have more than a leaf.
-#[test]
-fn a_walk_that_finds_more_than_it_keeps_goes_down_before_it_goes_on() {
-    let root = Some(Hash::from_bytes([7; 24]));
-    let (mut walk, _) = Walk::new(filled(1000), root, 40_000_000, false, 1 << 20, 10);
-    let root = [vec![0], all_other(2)].concat();
-    let level = [vec![0], all_other(1)].concat();
-    let answer = |walk: &mut Walk, answer: Vec<u8>| match walk.handle_answer(&answer.into()) {
+/// What is asked behind an answer: the depth, and how many nodes.
+fn asked_behind(walk: &mut Walk, answer: Vec<u8>) -> (u8, usize) {
+    match walk.handle_answer(&answer.into()) {
         Ok(Step::Ask(query)) => {
             (query.depth, query.nodes.len() / usize::from(query.depth.div_ceil(2)))
         }
         other => panic!("{other:?}"),
-    };
-    assert_eq!(answer(&mut walk, root), (2, 256));
-    assert_eq!(answer(&mut walk, level.repeat(256)), (3, 4096));
-    assert_eq!(answer(&mut walk, level.repeat(4096)), (4, 65_536));
-    assert_eq!(answer(&mut walk, level.repeat(65_536)), (5, 65_536));
+    }
+}
+
+/// A walk of a table of forty million that differs everywhere: most of a million nodes of the fifth level have more than a leaf.
+/// The first of them are asked for.
+fn at_the_fifth_level() -> Walk {
+    let root = Some(Hash::from_bytes([7; 24]));
+    let (mut walk, _) = Walk::new(filled(1000), root, 40_000_000, false, 1 << 20, 10);
+    let root = [vec![0], all_other(2)].concat();
+    let level = [vec![0], all_other(1)].concat();
+    assert_eq!(asked_behind(&mut walk, root), (2, 256));
+    assert_eq!(asked_behind(&mut walk, level.repeat(256)), (3, 4096));
+    assert_eq!(asked_behind(&mut walk, level.repeat(4096)), (4, 65_536));
+    assert_eq!(asked_behind(&mut walk, level.repeat(65_536)), (5, 65_536));
+    walk
+}
+
+#[test]
+fn a_walk_that_finds_more_than_it_keeps_goes_down_before_it_goes_on() {
+    let mut walk = at_the_fifth_level();
+    let level = [vec![0], all_other(1)].concat();
     // A sixteenth of this level, and what is below; then the next.
     for part in 1..=16 {
-        assert_eq!(answer(&mut walk, level.repeat(65_536)).0, 6, "{part}");
+        assert_eq!(asked_behind(&mut walk, level.repeat(65_536)).0, 6, "{part}");
         for last in (0..16).map(|part| part == 15) {
             let next = walk.handle_answer(&vec![1; 65_536].into()).unwrap();
             match next {
@@ -233,24 +244,13 @@ fn a_walk_that_finds_more_than_it_keeps_goes_down_before_it_goes_on() {
 /// Were all room used, the last of it would be for a node a query.
 #[test]
 fn a_walk_that_goes_down_asks_for_many_at_once() {
-    let root = Some(Hash::from_bytes([7; 24]));
-    let (mut walk, _) = Walk::new(filled(1000), root, 40_000_000, false, 1 << 20, 10);
-    let level = [vec![0], all_other(1)].concat();
-    walk.handle_answer(&[vec![0], all_other(2)].concat().into()).unwrap();
-    for nodes in [256, 4096, 65_536] {
-        walk.handle_answer(&level.repeat(nodes).into()).unwrap();
-    }
+    let mut walk = at_the_fifth_level();
     // One child differs, and the others are not there.
     let one = [&[0, 0x80, 0][..], &[7; 6]].concat();
     let mut nodes = 65_536;
     let mut queries = 0;
-    loop {
-        match walk.handle_answer(&one.repeat(nodes).into()).unwrap() {
-            Step::Ask(query) if query.depth == 5 => nodes = query.nodes.len() / 3,
-            Step::Ask(_) => break,
-            Step::Done(_) => panic!("it is done"),
-        }
-        queries += 1;
+    while let (5, next) = asked_behind(&mut walk, one.repeat(nodes)) {
+        (nodes, queries) = (next, queries + 1);
         assert!(nodes >= 16_000, "{nodes} nodes in query {queries}");
     }
     assert!(queries < 30, "{queries} queries");
