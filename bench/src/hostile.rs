@@ -34,7 +34,7 @@ const IN_FLIGHT_BYTES: u64 = 256 << 10;
 const WARM: Duration = Duration::from_secs(6);
 
 /// How long as many empty followers as a server repairs at once have themselves repaired, over and over, before anything is measured.
-const REPAIRED: Duration = Duration::from_secs(2);
+const REPAIRED: Duration = Duration::from_secs(6);
 
 /// How often memory is looked at.
 const LOOK: Duration = Duration::from_millis(50);

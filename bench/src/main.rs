@@ -21,6 +21,10 @@ mod tree;
 
 use clap::{Parser, Subcommand};
 
+#[cfg(feature = "jemalloc")]
+#[global_allocator]
+static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
+
 /// What Tablecast costs. Every question is described in bench/README.md.
 #[derive(Debug, Parser)]
 #[command(name = "tablecast-bench")]
