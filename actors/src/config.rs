@@ -47,7 +47,7 @@ pub struct ServerConfig {
     /// How many connections may be on their way to become followers, their TLS handshake included: 1,000,
     /// one at the least. The next ones wait in the listener's queue.
     pub strangers: usize,
-    /// How long nobody is let in for each connection that ended without becoming a follower, or within `handshake_timeout`: 1 ms.
+    /// How long nobody is let in for each connection that ended without becoming a follower, or within `handshake_timeout`: 2 ms.
     /// So those that come and go, over and over, take a small share of the server's time, however many there are.
     pub stranger_pause: Duration,
     /// How long a connection may take to say who it is, its TLS handshake included: 10 s. Then it is
@@ -78,7 +78,7 @@ impl Default for ServerConfig {
             verify_every: Some(Duration::from_secs(60)),
             followers: 10_000,
             strangers: 1000,
-            stranger_pause: Duration::from_millis(1),
+            stranger_pause: Duration::from_millis(2),
             handshake_timeout: Duration::from_secs(10),
             stall_timeout: Duration::from_secs(30),
             drain_timeout: Duration::from_secs(5),
