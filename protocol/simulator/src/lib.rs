@@ -104,12 +104,12 @@ impl Config {
         let shorten_changes = pick(&[0, 1000, 1000]);
         let max_deletes = pick(&[1, usize::MAX, usize::MAX]) as u64;
         let fault_rate = pick(&[0, 6, 24, 72]) as u16;
-        let write_rate = pick(&[10, 40, 90]) as u16;
+        let write_rate = pick(&[10, 30, 70]) as u16;
         Self {
             followers: rng.usize(1..=3),
             keys,
             log_bytes: if rng.bool() { rng.usize(9000..24_000) } else { rng.usize(300..4000) },
-            updated_keys: rng.usize(2..25),
+            updated_keys: rng.usize(2..18),
             repair_bytes: rng.usize(8..200),
             answer_bytes: rng.usize(60..500),
             query_bytes: rng.usize(4..60),

@@ -85,11 +85,11 @@ impl World<'_> {
     /// What also happens when nothing goes wrong.
     fn live(&mut self) -> Checked {
         match self.rng.u8(..32) {
-            0..7 => {
+            0..4 => {
                 self.checkpoint();
                 Ok(())
             }
-            7..13 => match self.away() {
+            4..13 => match self.away() {
                 Some(follower) => self.connect(follower),
                 None => self.ask(),
             },
@@ -102,7 +102,7 @@ impl World<'_> {
                 self.save(follower);
                 Ok(())
             }
-            18..20 => self.ask(),
+            18..24 => self.ask(),
             _ => self.publish(),
         }
     }
@@ -136,7 +136,7 @@ impl World<'_> {
     }
 
     fn batch(&mut self) -> Vec<(usize, bool)> {
-        let count = if self.rng.bool() { 1 } else { self.rng.usize(1..4) };
+        let count = if self.rng.u8(..4) != 0 { 1 } else { self.rng.usize(1..4) };
         self.changes(count, KEYS)
     }
 
