@@ -1,5 +1,7 @@
 //! Starts a Server on its arbiters, and a Middleman for every connection that comes.
 
+use std::future::poll_fn;
+use std::pin::pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::time::Duration;
@@ -23,6 +25,10 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 /// The shortest pause for strangers that ended. A timer is late by up to a millisecond: in pauses of one, a third fewer were let in than
 /// are to be, and newcomers waited for twice as long.
 const LEAST_PAUSE: Duration = Duration::from_millis(8);
+
+/// For which part of its handshake a stranger is paused for once more: with pauses of 2 ms, what strangers have computed takes a
+/// tenth of a processor at the most. A signature by RSA takes a millisecond or more.
+const HANDSHAKE: Duration = Duration::from_micros(200);
 
 /// Of how many followers at a time it is found out what counts of what they missed: each takes up to 10 MB
 /// for some milliseconds.
@@ -48,7 +54,7 @@ pub struct Endpoint {
     next: Arc<AtomicU64>,
     /// Places for connections that are not subscribed yet.
     strangers: Arc<Semaphore>,
-    /// How many connections ended that never were, or were for a moment, and have not been paused for yet.
+    /// How many pauses are due for connections that ended and never were subscribed, or were for a moment.
     ended: Arc<AtomicU32>,
     listeners: TaskTracker,
 }
@@ -171,7 +177,8 @@ impl Endpoint {
                     };
                     let until = Instant::now() + self.shared.config.handshake_timeout.min(NEVER);
                     let ended = Arc::clone(&self.ended);
-                    self.serve(incoming, Place { place: Some(place), ended, until });
+                    let took = Duration::ZERO;
+                    self.serve(incoming, Place { place: Some(place), ended, took, until });
                 }
                 Err(error) => {
                     warn!(address = listener.address(), %error, "cannot accept");
@@ -181,7 +188,7 @@ impl Endpoint {
         }
     }
 
-    fn serve(&self, incoming: Incoming, place: Place) {
+    fn serve(&self, incoming: Incoming, mut place: Place) {
         let number = self.next.fetch_add(1, Ordering::Relaxed);
         let arbiters = &self.connections;
         let index = usize::try_from(number).unwrap_or(0) % arbiters.len().max(1);
@@ -190,10 +197,17 @@ impl Endpoint {
         spawn_on(arbiters.get(index), async move {
             let address = incoming.peer.clone();
             debug!(follower = number, address, "connected");
+            let mut opening = pin!(incoming.open());
+            let opening = poll_fn(|cx| {
+                let start = Instant::now();
+                let opened = opening.as_mut().poll(cx);
+                place.took += start.elapsed();
+                opened
+            });
             let opened = tokio::select! {
                 biased;
                 () = shared.stopping.cancelled() => return,
-                opened = tokio::time::timeout_at(until, incoming.open()) => opened,
+                opened = tokio::time::timeout_at(until, opening) => opened,
             };
             match opened {
                 Ok(Ok((stream, certificate))) => {
@@ -209,10 +223,12 @@ impl Endpoint {
 
 /// A place among the connections that are not subscribed yet, until [`Place::subscribed`]. If the connection ends before that, or
 /// before it might have taken so long, somebody else is let in a little later: to connect over and over is no cheaper for the
-/// server if Hello is said each time.
+/// server if Hello is said each time, nor if there is a handshake that it has to compute.
 pub(crate) struct Place {
     place: Option<OwnedSemaphorePermit>,
     ended: Arc<AtomicU32>,
+    /// For how long its handshake has kept the thread.
+    took: Duration,
     /// When it is closed unless it is subscribed.
     pub(super) until: Instant,
 }
@@ -227,7 +243,8 @@ impl Place {
 impl Drop for Place {
     fn drop(&mut self) {
         if self.place.is_some() || Instant::now() < self.until {
-            self.ended.fetch_add(1, Ordering::Relaxed);
+            let handshakes = (self.took.as_micros() / HANDSHAKE.as_micros()).min(1000);
+            self.ended.fetch_add(1 + u32::try_from(handshakes).unwrap_or(0), Ordering::Relaxed);
         }
     }
 }

@@ -1,9 +1,12 @@
 //! Connections that do not become followers.
 
+use std::io;
 use std::time::Duration;
 
+use futures_util::FutureExt;
+use futures_util::future::BoxFuture;
 use tablecast_actors::ServerConfig;
-use tablecast_actors::access::Access;
+use tablecast_actors::access::{Access, Incoming, Listener, memory};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::time::Instant;
 
@@ -61,4 +64,43 @@ async fn many_in_a_row_are_paused_for() {
         stranger.read_to_end(&mut Vec::new()).await.unwrap();
     }
     assert!(start.elapsed() >= pause * 190, "{:?}", start.elapsed());
+}
+
+/// A listener whose handshakes take a millisecond of the thread, and come to nothing.
+struct Refusing(memory::MemoryListener);
+
+impl Listener for Refusing {
+    fn accept(&mut self) -> BoxFuture<'_, io::Result<Incoming>> {
+        let accepting = self.0.accept();
+        async move {
+            Ok(accepting.await?.with_handshake(|_| async {
+                tokio::time::advance(Duration::from_millis(1)).await;
+                Err(io::Error::other("refused"))
+            }))
+        }
+        .boxed()
+    }
+
+    fn address(&self) -> String {
+        self.0.address()
+    }
+}
+
+/// As if there had been more of them.
+#[actix_rt::test]
+async fn what_a_handshake_took_is_paused_for() {
+    tokio::time::pause();
+    let config = ServerConfig::default();
+    let pause = config.stranger_pause;
+    let (endpoint, _) = serve(config).await;
+    let (listener, access) = memory::pair();
+    endpoint.listen(Refusing(listener));
+    let start = Instant::now();
+    for _ in 0..200 {
+        let mut stranger = access.connect().await.unwrap();
+        stranger.read_to_end(&mut Vec::new()).await.unwrap();
+    }
+    let handshakes = 200 * Duration::from_millis(1);
+    let took = start.elapsed() - handshakes;
+    assert!(took >= 190 * 6 * pause, "{took:?}");
 }
