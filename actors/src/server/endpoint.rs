@@ -9,7 +9,7 @@ use std::time::Duration;
 use actix::prelude::*;
 use actix_rt::ArbiterHandle;
 use tablecast_protocol::{FollowerId, Table};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::sync::{Mutex, OwnedSemaphorePermit, Semaphore};
 use tokio::time::Instant;
 use tokio_util::task::TaskTracker;
 use tracing::{debug, info, warn};
@@ -56,6 +56,8 @@ pub struct Endpoint {
     strangers: Arc<Semaphore>,
     /// How many pauses are due for connections that ended and never were subscribed, or were for a moment.
     ended: Arc<AtomicU32>,
+    /// Held by the listener that pauses: all of them let in as many together as one would alone.
+    pausing: Arc<Mutex<()>>,
     listeners: TaskTracker,
 }
 
@@ -120,6 +122,7 @@ impl Endpoint {
             next: Arc::new(AtomicU64::new(1)),
             strangers: Arc::new(Semaphore::new(strangers)),
             ended: Arc::new(AtomicU32::new(0)),
+            pausing: Arc::default(),
             listeners: TaskTracker::new(),
         }
     }
@@ -156,6 +159,7 @@ impl Endpoint {
             return;
         }
         loop {
+            let pausing = self.pausing.lock().await;
             let config = &self.shared.config;
             let ended = self.ended.load(Ordering::Relaxed);
             // Many more end at once when a network fails for a moment, and all of them are honest.
@@ -166,6 +170,7 @@ impl Endpoint {
                 self.ended.fetch_sub(ended, Ordering::Relaxed);
                 tokio::time::sleep(pause).await;
             }
+            drop(pausing);
             match listener.accept().await {
                 Ok(incoming) => {
                     if self.strangers.available_permits() == 0 {
