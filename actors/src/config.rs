@@ -47,7 +47,8 @@ pub struct ServerConfig {
     /// How many connections may be on their way to become followers, their TLS handshake included: 1,000,
     /// one at the least. The next ones wait in the listener's queue.
     pub strangers: usize,
-    /// How long nobody is let in for each connection that ended without becoming a follower, or within `handshake_timeout`: 2 ms.
+    /// How long nobody is let in for each connection that ended without becoming a follower, or within `handshake_timeout`: 2 ms,
+    /// and once more for each 0.2 ms that its TLS handshake kept a thread.
     /// So those that come and go, over and over, take a small share of the server's time, however many there are.
     pub stranger_pause: Duration,
     /// How long a connection may take to say who it is, its TLS handshake included: 10 s. Then it is

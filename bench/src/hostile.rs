@@ -3,7 +3,7 @@
 
 pub(crate) mod load;
 
-use std::io::Read as _;
+use std::io::{Read as _, Write as _};
 use std::net::SocketAddr;
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::Ordering;
@@ -12,9 +12,11 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
 use clap::ValueEnum as _;
+use rcgen::{CertificateParams, KeyPair};
 use serde_json::Value;
 use tablecast_actors::ServerConfig;
 use tablecast_bench::median;
+use tempfile::NamedTempFile;
 
 use crate::compare::load::Readers;
 use crate::compare::peer::{Cores, Found};
@@ -70,13 +72,34 @@ pub(crate) struct Args {
     pub(crate) json: bool,
 }
 
+/// Who is bothered: a server, and the same over TLS with a certificate.
+struct Target {
+    address: SocketAddr,
+    tls: SocketAddr,
+    ca: NamedTempFile,
+}
+
+impl Target {
+    fn of(server: &mut Own) -> anyhow::Result<Self> {
+        let address = server.address();
+        let key = KeyPair::generate()?;
+        let certificate = CertificateParams::new([address.ip().to_string()])?;
+        let certificate = certificate.self_signed(&key)?.pem();
+        let mut ca = NamedTempFile::new()?;
+        ca.write_all(certificate.as_bytes())?;
+        let tls = server.listen_tls(certificate, key.serialize_pem())?;
+        Ok(Self { address, tls, ca })
+    }
+}
+
 /// The other side, in a process of its own.
 struct Hostile(Child);
 
 impl Hostile {
-    fn start(connections: u64, kind: Option<Kind>, address: SocketAddr) -> anyhow::Result<Self> {
+    fn start(connections: u64, kind: Option<Kind>, target: &Target) -> anyhow::Result<Self> {
         let mut command = Command::new(std::env::current_exe()?);
-        command.arg("hostile-load").args(["--address", &address.to_string()]);
+        command.arg("hostile-load").args(["--address", &target.address.to_string()]);
+        command.args(["--tls", &target.tls.to_string()]).arg("--ca").arg(target.ca.path());
         command.args(["--connections", &connections.to_string()]);
         if let Some(kind) = kind.and_then(|kind| kind.to_possible_value()) {
             command.args(["--kind", kind.get_name()]);
@@ -121,7 +144,8 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<Report> {
     machine::open_files()?;
     let found = Found { cores: Cores::split()?, ..Found::default() };
     let mut own = Own::tablecast(&found, usize::try_from(args.keys)?, VALUE_BYTES)?;
-    let (address, pid) = (own.address(), own.process().pid());
+    let target = Target::of(&mut own)?;
+    let (address, pid) = (target.address, own.process().pid());
     let count = usize::try_from(args.followers)?;
     let window = window(IN_FLIGHT_BYTES, VALUE_BYTES);
     let (told, delivered) = mpsc::channel();
@@ -152,12 +176,12 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<Report> {
                 anyhow::Ok(())
             };
             std::thread::sleep(WARM);
-            let diffs_bytes = repair(address, &pid)?;
+            let diffs_bytes = repair(&target, &pid)?;
             let (mut quiet, mut hostile) = (Figures::default(), Figures::default());
             let mut done = Value::Null;
             for _ in 0..turns {
                 watch(&mut quiet, QUIET, None)?;
-                let load = Hostile::start(args.connections, args.kind, address)?;
+                let load = Hostile::start(args.connections, args.kind, &target)?;
                 watch(&mut hostile, HOSTILE, Some(&load))?;
                 done = load.stop()?;
             }
@@ -212,10 +236,10 @@ fn connect_time(address: SocketAddr, most: Duration) -> anyhow::Result<Duration>
 
 /// As many empty followers are repaired, over and over, as the server repairs at once: what memory that leaves is not what those
 /// cost who mean harm.
-fn repair(address: SocketAddr, pid: &str) -> anyhow::Result<u64> {
+fn repair(target: &Target, pid: &str) -> anyhow::Result<u64> {
     let before = process::rss_bytes(pid)?;
     let at_once = ServerConfig::default().diffs_at_once as u64;
-    let newcomers = Hostile::start(at_once, Some(Kind::Diffs), address)?;
+    let newcomers = Hostile::start(at_once, Some(Kind::Diffs), target)?;
     std::thread::sleep(REPAIRED);
     newcomers.stop()?;
     Ok(process::rss_bytes(pid)?.saturating_sub(before))

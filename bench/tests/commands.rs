@@ -67,12 +67,12 @@ fn soak() {
 
 #[test]
 fn hostile() {
-    let asked = "hostile --connections 16 --followers 5 --keys 1000 --seconds 6 --turns 1 --json";
+    let asked = "hostile --connections 18 --followers 5 --keys 1000 --seconds 6 --turns 1 --json";
     let answer = ask(asked);
     let delivered = ["quiet_delivered_per_s", "hostile_delivered_per_s", "ratio"];
     assert_positive(&answer, &delivered);
     // Every kind has done something.
-    assert_eq!(answer["done_in_last_turn"].as_object().unwrap().len(), 8, "{answer}");
+    assert_eq!(answer["done_in_last_turn"].as_object().unwrap().len(), 9, "{answer}");
 }
 
 #[test]

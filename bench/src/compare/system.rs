@@ -81,6 +81,16 @@ impl Own {
         self.ordered.address
     }
 
+    /// Where Tablecast listens over TLS from now on, with this certificate and its key, PEM.
+    pub(crate) fn listen_tls(
+        &mut self,
+        certificate: String,
+        key: String,
+    ) -> anyhow::Result<SocketAddr> {
+        self.ordered.order(&Order::Tls { certificate, key })?;
+        Ok(SocketAddr::deserialize(reply(self.ordered.halves().1)?)?)
+    }
+
     /// As `Pace`, and told apart from it only by its speed.
     pub(crate) fn burst(&mut self, writes: u64) -> anyhow::Result<Wrote> {
         let order = Order::Burst { writes, batch: self.batch, in_flight: 16, max_lag: u64::MAX };

@@ -3,10 +3,14 @@
 use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
+use std::path::PathBuf;
 use std::rc::Rc;
 use std::time::Duration;
 
 use serde::Serialize;
+use tablecast_actors::access::Access as _;
+use tablecast_actors::access::tcp::TcpAccess;
+use tablecast_actors::access::tls::{TlsAccess, client_config};
 use tablecast_protocol::diff::answer;
 use tablecast_protocol::wire::{self, HEADER_BYTES, Raw};
 use tablecast_protocol::{DiffId, Limits, ToClient, ToServer, Tree};
@@ -24,6 +28,12 @@ pub(crate) struct Args {
     /// Whom to bother.
     #[arg(long)]
     address: SocketAddr,
+    /// The same server over TLS.
+    #[arg(long)]
+    tls: SocketAddr,
+    /// Its certificate, a file.
+    #[arg(long)]
+    ca: PathBuf,
     /// How many connections there are at once, of all kinds together.
     #[arg(long)]
     connections: usize,
@@ -50,10 +60,12 @@ pub(crate) enum Kind {
     Diffs,
     /// Connects, and is gone.
     Storm,
+    /// Connects over TLS, and is gone.
+    Handshakes,
 }
 
 impl Kind {
-    const ALL: [Self; 8] = [
+    const ALL: [Self; 9] = [
         Self::Garbage,
         Self::GarbageAfterHello,
         Self::HugeLength,
@@ -62,6 +74,7 @@ impl Kind {
         Self::NotReading,
         Self::Diffs,
         Self::Storm,
+        Self::Handshakes,
     ];
 }
 
@@ -73,8 +86,11 @@ pub(crate) async fn run(args: &Args) -> anyhow::Result<()> {
     let counts = Counts::default();
     let here = LocalSet::new();
     let kinds = args.kind.as_ref().map_or(&Kind::ALL[..], std::slice::from_ref);
+    let config = client_config(&std::fs::read(&args.ca)?, None)?;
+    let tls = TcpAccess::new(args.tls.to_string());
+    let tls = Rc::new(TlsAccess::new(tls, &args.tls.ip().to_string(), config)?);
     for kind in kinds.iter().cycle().take(args.connections) {
-        here.spawn_local(bother(*kind, args.address, Rc::clone(&counts)));
+        here.spawn_local(bother(*kind, args.address, Rc::clone(&tls), Rc::clone(&counts)));
     }
     let mut all = Vec::new();
     here.run_until(tokio::io::stdin().read_to_end(&mut all)).await?;
@@ -83,10 +99,14 @@ pub(crate) async fn run(args: &Args) -> anyhow::Result<()> {
 }
 
 /// One connection after the other.
-async fn bother(kind: Kind, address: SocketAddr, counts: Counts) {
+async fn bother(kind: Kind, address: SocketAddr, tls: Rc<TlsAccess<TcpAccess>>, counts: Counts) {
     let count = || *counts.borrow_mut().entry(kind).or_default() += 1;
     loop {
-        if let Ok(stream) = TcpStream::connect(address).await {
+        if kind == Kind::Handshakes {
+            if tls.connect().await.is_ok() {
+                count();
+            }
+        } else if let Ok(stream) = TcpStream::connect(address).await {
             // Of those, every diff that is asked for is counted.
             if kind != Kind::Diffs {
                 count();
@@ -122,6 +142,7 @@ async fn act(kind: Kind, mut stream: TcpStream, count: impl FnMut()) -> anyhow::
             stream.set_zero_linger()?;
             return Ok(());
         }
+        Kind::Handshakes => return Ok(()),
     }
     let mut buffer = vec![0; 1024];
     while stream.read(&mut buffer).await? > 0 {}

@@ -13,6 +13,8 @@ use bytes::Bytes;
 use clap::ArgAction;
 use serde::{Deserialize, Serialize};
 use tablecast::{Change, HeartbeatConfig, Server, ServerConfig, SessionConfig};
+use tablecast_actors::access::tcp::TcpListener;
+use tablecast_actors::access::tls::{TlsListener, server_config};
 use tablecast_actors::server::Write;
 use tablecast_bench::{KEY_BYTES, SEED, keys, serve, store};
 use tokio::io::{AsyncBufReadExt, BufReader, Lines, Stdin};
@@ -54,6 +56,8 @@ pub(crate) enum Order {
     Saturate { ms: u64, batch: u64, window: u64 },
     /// So many of the writes of a `Saturate` have reached every follower.
     Delivered(u64),
+    /// Listen over TLS, too, with this certificate and its key, PEM. Answered with the address.
+    Tls { certificate: String, key: String },
 }
 
 /// It is written.
@@ -109,6 +113,13 @@ pub(crate) async fn run(args: &Args) -> anyhow::Result<()> {
             }
             // What was under way when a `Saturate` ended.
             Order::Delivered(_) => continue,
+            Order::Tls { certificate, key } => {
+                let config = server_config(certificate.as_bytes(), key.as_bytes(), None)?;
+                let listener = TcpListener::bind("127.0.0.1:0")?;
+                println!("{}", serde_json::to_string(&listener.local_address())?);
+                writer.server.listen_on(TlsListener::new(listener, config));
+                continue;
+            }
         };
         println!("{}", serde_json::to_string(&wrote)?);
     }
@@ -168,9 +179,10 @@ impl Writer {
                 let order = tokio::time::timeout(PATIENCE, orders.next()).await;
                 match order.context("nothing is delivered")??.context("stdin ended")? {
                     Order::Delivered(count) => delivered = count,
-                    other @ (Order::Pace { .. } | Order::Burst { .. } | Order::Saturate { .. }) => {
-                        anyhow::bail!("{other:?} came while saturating")
-                    }
+                    other @ (Order::Pace { .. }
+                    | Order::Burst { .. }
+                    | Order::Saturate { .. }
+                    | Order::Tls { .. }) => anyhow::bail!("{other:?} came while saturating"),
                 }
             }
             wrote.waited_ns += u64::try_from(waiting.elapsed().as_nanos())?;
