@@ -48,7 +48,7 @@ pub struct ServerConfig {
     /// one at the least. The next ones wait in the listener's queue.
     pub strangers: usize,
     /// How long nobody is let in for each connection that ended without becoming a follower, or within `handshake_timeout`: 2 ms,
-    /// and once more for each 0.2 ms that its TLS handshake kept a thread.
+    /// and on Linux once more for each 0.1 ms of a processor that its TLS handshake took.
     /// So those that come and go, over and over, take a small share of the server's time, however many there are.
     pub stranger_pause: Duration,
     /// How long a connection may take to say who it is, its TLS handshake included: 10 s. Then it is

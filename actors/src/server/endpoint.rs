@@ -27,8 +27,8 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 const LEAST_PAUSE: Duration = Duration::from_millis(8);
 
 /// For which part of its handshake a stranger is paused for once more: with pauses of 2 ms, what strangers have computed takes a
-/// tenth of a processor at the most. A signature by RSA takes a millisecond or more.
-const HANDSHAKE: Duration = Duration::from_micros(200);
+/// twentieth of a processor at the most. A signature by RSA takes a millisecond or more.
+const HANDSHAKE: Duration = Duration::from_micros(100);
 
 /// Of how many followers at a time it is found out what counts of what they missed: each takes up to 10 MB
 /// for some milliseconds.
@@ -204,9 +204,9 @@ impl Endpoint {
             debug!(follower = number, address, "connected");
             let mut opening = pin!(incoming.open());
             let opening = poll_fn(|cx| {
-                let start = Instant::now();
+                let before = processor_time();
                 let opened = opening.as_mut().poll(cx);
-                place.took += start.elapsed();
+                place.took += processor_time().saturating_sub(before);
                 opened
             });
             let opened = tokio::select! {
@@ -232,7 +232,7 @@ impl Endpoint {
 pub(crate) struct Place {
     place: Option<OwnedSemaphorePermit>,
     ended: Arc<AtomicU32>,
-    /// For how long its handshake has kept the thread.
+    /// What its handshake took of a processor, where the system says so.
     took: Duration,
     /// When it is closed unless it is subscribed.
     pub(super) until: Instant,
@@ -252,6 +252,18 @@ impl Drop for Place {
             self.ended.fetch_add(1 + u32::try_from(handshakes).unwrap_or(0), Ordering::Relaxed);
         }
     }
+}
+
+/// What this thread has had of a processor so far. Not what time it was: beside busy threads a handshake of 0.1 ms lasts for several.
+#[cfg(target_os = "linux")]
+fn processor_time() -> Duration {
+    let now = rustix::time::clock_gettime(rustix::time::ClockId::ThreadCPUTime);
+    now.try_into().unwrap_or_default()
+}
+
+#[cfg(not(target_os = "linux"))]
+fn processor_time() -> Duration {
+    Duration::ZERO
 }
 
 /// Runs it on an arbiter, or without one on the thread that calls.
