@@ -91,7 +91,9 @@ pub fn decode<M: Message>(payload: &[u8], limits: &Limits) -> Result<M, DecodeEr
     // into nothing that is longer.
     match bool::deserialize(&mut decoder) {
         Err(rmp_serde::decode::Error::InvalidMarkerRead(_)) => {}
-        Ok(_) | Err(_) => return Err(DecodeError::Trailing { bytes }),
+        Ok(_) | Err(_) => {
+            return Err(other_version::<M>(payload).unwrap_or(DecodeError::Trailing { bytes }));
+        }
     }
     message.check(limits)?;
     Ok(message)

@@ -130,7 +130,7 @@ pub(super) struct Follow {
     #[arg(long)]
     pub(super) once: bool,
     /// With --once: how long connecting and the first diff may take together. Exit code 1 then
-    #[arg(long, value_name = "SECONDS", default_value = "30", value_parser = seconds)]
+    #[arg(long, value_name = "SECONDS", default_value = "30", value_parser = seconds, requires = "once")]
     pub(super) timeout: Duration,
     /// Write the table to FILE when leaving, sorted by key, whole or not at all. With --once only if
     /// a diff was done, else only if nothing is missing, as it is in the middle of a diff. Exit code 1
@@ -339,6 +339,14 @@ mod tests {
     #[test]
     fn the_definitions_are_sound() {
         Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn a_time_for_the_first_diff_is_of_one_that_leaves_after_it() {
+        let follow = ["tablecast", "follow", "--connect", "localhost:1"];
+        let parses = |more: &[&str]| Cli::try_parse_from([&follow, more].concat()).is_ok();
+        assert!(parses(&[]) && parses(&["--once"]) && parses(&["--once", "--timeout", "3"]));
+        assert!(!parses(&["--timeout", "3"]));
     }
 
     #[test]

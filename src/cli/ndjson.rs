@@ -3,7 +3,8 @@
 //! An entry is `{"key":"k","value":"v"}`. A change is the same with `"op":"write"` (the default), or
 //! `{"op":"delete","key":"k"}`. What is not UTF-8 stands as `key_base64` and `value_base64`, in the
 //! standard alphabet with padding; both forms of one thing, other fields, and fields that come
-//! twice are errors. Lines of nothing but blanks say nothing. A line has at most [`LINE_BYTES`].
+//! twice are errors. Lines of nothing but blanks say nothing, and a byte-order mark ahead of the first one does not, either. A line has at
+//! most [`LINE_BYTES`].
 
 use std::io::{self, BufRead, Read as _, Write};
 
@@ -197,14 +198,15 @@ impl<R: BufRead> Lines<R> {
         self.line.shrink_to(BUFFER_BYTES);
         self.number += 1;
         let read = (&mut self.input).take(LINE_BYTES + 1).read_until(b'\n', &mut self.line)?;
-        if self.line.pop_if(|last| *last == b'\n').is_some() {
-            return Ok(Found::Line(&self.line));
-        }
-        if read as u64 > LINE_BYTES {
+        let ended = self.line.pop_if(|last| *last == b'\n').is_some();
+        if !ended && read as u64 > LINE_BYTES {
             self.within = true;
             return Ok(Found::TooLong);
         }
-        Ok(if read == 0 { Found::End } else { Found::Line(&self.line) })
+        // Some editors begin a file with a mark of the order of its bytes.
+        let mark = if self.number == 1 { "\u{feff}" } else { "" };
+        let line = self.line.strip_prefix(mark.as_bytes()).unwrap_or(&self.line);
+        Ok(if read == 0 { Found::End } else { Found::Line(line) })
     }
 }
 
@@ -356,6 +358,10 @@ mod tests {
         assert_eq!(lines.number(), 4);
         assert_eq!(lines.next().unwrap(), Found::Line(b"five"));
         assert_eq!(lines.next().unwrap(), Found::End);
+        // At the beginning, and nowhere else.
+        let mut lines = Lines::new("\u{feff}one\n\u{feff}two".as_bytes());
+        assert_eq!(lines.next().unwrap(), Found::Line(b"one"));
+        assert_eq!(lines.next().unwrap(), Found::Line("\u{feff}two".as_bytes()));
         // The longest line, and one that is too long by its last byte.
         for (bytes, fits) in [(LINE_BYTES, true), (LINE_BYTES + 1, false)] {
             let input = io::BufReader::new(io::repeat(b'x').take(bytes).chain(&b"\n"[..]));

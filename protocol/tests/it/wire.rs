@@ -212,6 +212,13 @@ fn another_version_is_named_whatever_comes_behind_it() {
     let error = wire::decode::<ToServer>(&hello, &Limits::default()).unwrap_err();
     assert_eq!(error, DecodeError::Version { theirs: 7, ours: VERSION });
     assert_eq!(error.to_string(), "peer speaks version 7, this end speaks version 1");
+
+    // A Hello as it is now, of that version, and something behind it.
+    let now = wire::encode(&ToServer::hello("", &Limits::default(), None));
+    let mut hello = [&now[HEADER_BYTES..], b"more"].concat();
+    hello[2] = 7;
+    let error = wire::decode::<ToServer>(&hello, &Limits::default()).unwrap_err();
+    assert_eq!(error, DecodeError::Version { theirs: 7, ours: VERSION });
 }
 
 #[test]
