@@ -216,6 +216,7 @@ impl<R: BufRead> Lines<R> {
 pub(super) fn check_any(input: &[u8]) {
     let limits = Limits { key_bytes: 64, value_bytes: 256, ..Limits::default() };
     let mut lines = Lines::new(input);
+    let input = input.strip_prefix("\u{feff}".as_bytes()).unwrap_or(input);
     let mut read: u64 = 0;
     while let Found::Line(line) = lines.next().expect("memory can be read") {
         read += line.len() as u64 + 1;
