@@ -604,40 +604,30 @@ impl<'a> World<'a> {
 
     // The server's side of a connection.
 
-    /// Messages and frames, as far as there are any and they have room: often more than one, as a Middleman does.
     fn transmit(&mut self, at: usize) -> Checked {
-        let as_bytes = self.config.as_bytes;
         let link = &mut self.connections[at];
         let Some(server) = &mut link.server else { return Ok(()) };
-        let pipe = &mut link.to_client;
-        while pipe.frames.len() < link.room {
-            match server.session.poll_transmit(&self.log) {
-                Some(Transmit::Live(frame)) if as_bytes => {
-                    pipe.frames.push_back(Frame::Bytes(frame));
-                }
-                Some(Transmit::Live(_)) => {
+        let sent = server.session.poll_transmit(&self.log);
+        server.dry = sent.is_none();
+        let over = sent.is_none() && server.session.state() == "Closed";
+        if let Some(transmit) = sent {
+            let as_bytes = self.config.as_bytes;
+            let pipe = &mut link.to_client;
+            match transmit {
+                Transmit::Live(frame) if as_bytes => pipe.frames.push_back(Frame::Bytes(frame)),
+                Transmit::Live(_) => {
                     let sent = server.session.sent();
                     let at = self.live.partition_point(|(end, _)| *end < sent);
                     pipe.send(self.live[at].1.clone(), false);
                 }
-                Some(Transmit::Message(message)) => {
+                Transmit::Message(message) => {
                     server.unacknowledged += u32::from(matches!(message, ToClient::Repair { .. }));
                     pipe.send(message, as_bytes);
                 }
-                Some(Transmit::Joined(joined)) => {
-                    pipe.frames.push_back(Frame::Bytes(joined.frame()));
-                }
-                Some(Transmit::Part(part)) => pipe.send(part.message(&Limits::default()), as_bytes),
-                None => {
-                    server.dry = true;
-                    break;
-                }
-            }
-            if self.rng.u8(..4) == 0 {
-                break;
+                Transmit::Joined(joined) => pipe.frames.push_back(Frame::Bytes(joined.frame())),
+                Transmit::Part(part) => pipe.send(part.message(&Limits::default()), as_bytes),
             }
         }
-        let over = server.dry && server.session.state() == "Closed";
         self.drain_server(at)?;
         if over {
             self.drop_server(at, true);
