@@ -21,7 +21,7 @@ mod tree;
 
 use clap::{Parser, Subcommand};
 
-#[cfg(feature = "jemalloc")]
+#[cfg(all(unix, feature = "jemalloc"))]
 #[global_allocator]
 static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
 
