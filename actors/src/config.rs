@@ -48,8 +48,9 @@ pub struct ServerConfig {
     /// one at the least. The next ones wait in the listener's queue.
     pub strangers: usize,
     /// How long nobody is let in for each connection that ended without becoming a follower, or within `handshake_timeout`: 2 ms,
-    /// and on Linux once more for each 0.1 ms of a processor that its TLS handshake took.
-    /// So those that come and go, over and over, take a small share of the server's time, however many there are.
+    /// and on Linux once more for each 0.1 ms of a processor, 0.4 at the most, that the TLS handshake took of one that was no follower.
+    /// So those that come and go, over and over, take a small share of the server's time, however many there are. What is due at once
+    /// is as much as for `strangers` of them; for those above it is not waited.
     pub stranger_pause: Duration,
     /// How long a connection may take to say who it is, its TLS handshake included: 10 s. Then it is
     /// closed.

@@ -26,9 +26,13 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 /// are to be, and newcomers waited for twice as long.
 const LEAST_PAUSE: Duration = Duration::from_millis(8);
 
-/// For which part of its handshake a stranger is paused for once more: with pauses of 2 ms, what strangers have computed takes a
-/// twentieth of a processor at the most. A signature by RSA takes a millisecond or more.
+/// For which part of its handshake a stranger is paused for once more. With pauses of 2 ms, what they compute takes a twentieth of a
+/// processor, as long as it is no more than [`HANDSHAKES`] of these.
 const HANDSHAKE: Duration = Duration::from_micros(100);
+
+/// For how many parts of a handshake is paused at the most. A signature by RSA takes ten and more; but newcomers wait behind all the
+/// strangers that are there, and no longer than they have patience.
+const HANDSHAKES: u128 = 4;
 
 /// Of how many followers at a time it is found out what counts of what they missed: each takes up to 10 MB
 /// for some milliseconds.
@@ -162,7 +166,7 @@ impl Endpoint {
             let pausing = self.pausing.lock().await;
             let config = &self.shared.config;
             let ended = self.ended.load(Ordering::Relaxed);
-            // Many more end at once when a network fails for a moment, and all of them are honest.
+            // More end at once when a network fails for a moment, and all of them are honest: for those above it is not paused.
             let most = u32::try_from(config.strangers).unwrap_or(u32::MAX);
             let longest = config.stranger_pause.saturating_mul(most).max(LEAST_PAUSE);
             let pause = config.stranger_pause.saturating_mul(ended).min(longest);
@@ -247,9 +251,11 @@ impl Place {
 
 impl Drop for Place {
     fn drop(&mut self) {
-        if self.place.is_some() || Instant::now() < self.until {
-            let handshakes = (self.took.as_micros() / HANDSHAKE.as_micros()).min(1000);
+        if self.place.is_some() {
+            let handshakes = (self.took.as_micros() / HANDSHAKE.as_micros()).min(HANDSHAKES);
             self.ended.fetch_add(1 + u32::try_from(handshakes).unwrap_or(0), Ordering::Relaxed);
+        } else if Instant::now() < self.until {
+            self.ended.fetch_add(1, Ordering::Relaxed);
         }
     }
 }

@@ -123,7 +123,11 @@ mod handshakes {
             let mut stranger = access.connect().await.unwrap();
             stranger.read_to_end(&mut Vec::new()).await.unwrap();
         }
-        // Once for each, and ten times for its handshake.
-        assert!(start.elapsed() >= 95 * 11 * pause, "{:?}", start.elapsed());
+        // Once for each, and four times for its handshake: not ten times.
+        assert!(
+            (95 * 5 * pause..130 * 5 * pause).contains(&start.elapsed()),
+            "{:?}",
+            start.elapsed()
+        );
     }
 }
