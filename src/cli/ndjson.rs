@@ -19,6 +19,9 @@ use crate::{Change, Key, Limits, Value};
 /// `\u00XX`, and 1 KiB for the rest. A longer one is an error, and takes no more memory than this.
 pub(super) const LINE_BYTES: u64 = 6 * ((64 << 10) + (8 << 20)) + 1024;
 
+/// Some editors begin a file with it.
+const BYTE_ORDER_MARK: &[u8] = "\u{feff}".as_bytes();
+
 /// What the line's buffer keeps from one line to the next.
 const BUFFER_BYTES: usize = 64 << 10;
 
@@ -203,9 +206,8 @@ impl<R: BufRead> Lines<R> {
             self.within = true;
             return Ok(Found::TooLong);
         }
-        // Some editors begin a file with a mark of the order of its bytes.
-        let mark = if self.number == 1 { "\u{feff}" } else { "" };
-        let line = self.line.strip_prefix(mark.as_bytes()).unwrap_or(&self.line);
+        let mark = if self.number == 1 { BYTE_ORDER_MARK } else { b"" };
+        let line = self.line.strip_prefix(mark).unwrap_or(&self.line);
         Ok(if read == 0 { Found::End } else { Found::Line(line) })
     }
 }
@@ -216,7 +218,7 @@ impl<R: BufRead> Lines<R> {
 pub(super) fn check_any(input: &[u8]) {
     let limits = Limits { key_bytes: 64, value_bytes: 256, ..Limits::default() };
     let mut lines = Lines::new(input);
-    let input = input.strip_prefix("\u{feff}".as_bytes()).unwrap_or(input);
+    let input = input.strip_prefix(BYTE_ORDER_MARK).unwrap_or(input);
     let mut read: u64 = 0;
     while let Found::Line(line) = lines.next().expect("memory can be read") {
         read += line.len() as u64 + 1;

@@ -32,7 +32,7 @@ const HANDSHAKE: Duration = Duration::from_micros(100);
 
 /// For how many parts of a handshake is paused at the most. A signature by RSA takes ten and more; but newcomers wait behind all the
 /// strangers that are there, and no longer than they have patience.
-const HANDSHAKES: u128 = 4;
+const HANDSHAKES: u32 = 4;
 
 /// Of how many followers at a time it is found out what counts of what they missed: each takes up to 10 MB
 /// for some milliseconds.
@@ -251,12 +251,13 @@ impl Place {
 
 impl Drop for Place {
     fn drop(&mut self) {
-        if self.place.is_some() {
-            let handshakes = (self.took.as_micros() / HANDSHAKE.as_micros()).min(HANDSHAKES);
-            self.ended.fetch_add(1 + u32::try_from(handshakes).unwrap_or(0), Ordering::Relaxed);
-        } else if Instant::now() < self.until {
-            self.ended.fetch_add(1, Ordering::Relaxed);
-        }
+        let handshakes = match self.place {
+            Some(_) => self.took.as_micros() / HANDSHAKE.as_micros(),
+            None if Instant::now() < self.until => 0,
+            None => return,
+        };
+        let handshakes = u32::try_from(handshakes).unwrap_or(HANDSHAKES).min(HANDSHAKES);
+        self.ended.fetch_add(1 + handshakes, Ordering::Relaxed);
     }
 }
 
