@@ -1135,6 +1135,7 @@ impl Drop for Client {
     /// Also after a panic: a connection without its Client is of no use.
     fn drop(&mut self) {
         self.tell(Command::Stop);
+        metrics::client_gone();
     }
 }
 

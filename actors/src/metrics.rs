@@ -92,6 +92,19 @@ pub(crate) fn client(status: &ClientStatus) {
     gauge!("tablecast_client_keys").set(number(status.keys as u64));
 }
 
+/// The server is there no more.
+pub(crate) fn server_gone() {
+    for name in ["followers", "diffs_running", "diffs_waiting", "lag_changes", "lag_seconds"] {
+        gauge!(format!("tablecast_server_{name}")).set(0.0);
+    }
+}
+
+/// The follower is there no more, and nobody may think that it follows.
+pub(crate) fn client_gone() {
+    gauge!("tablecast_client_connected").set(0.0);
+    gauge!("tablecast_client_ready").set(0.0);
+}
+
 pub(crate) fn changes_written(changes: u64) {
     counter!("tablecast_server_changes_total").increment(changes);
 }

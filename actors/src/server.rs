@@ -386,6 +386,7 @@ impl Drop for Server {
     /// Also after a panic, of a store most of all: nobody may think that it is still served.
     fn drop(&mut self) {
         self.serving.cancel();
+        metrics::server_gone();
         for follower in self.followers.values() {
             follower
                 .middleman

@@ -193,6 +193,11 @@ impl Table {
         self.epoch.map(|epoch| Position { epoch, revision: self.head, chain: self.chain })
     }
 
+    /// How large what is written may be.
+    pub fn limits(&self) -> Limits {
+        self.limits
+    }
+
     /// The tree as it is. Clone it for a snapshot: O(1).
     pub fn tree(&self) -> &Tree {
         &self.tree

@@ -66,7 +66,7 @@ pub struct Endpoint {
 }
 
 impl Endpoint {
-    /// Starts a Server of this table.
+    /// Starts a Server of this table, whose limits are the server's, whatever `config.session` says.
     ///
     /// ```
     /// use actix::prelude::*;
@@ -101,11 +101,12 @@ impl Endpoint {
 
     fn new(
         table: Table,
-        config: ServerConfig,
+        mut config: ServerConfig,
         connections: &[ArbiterHandle],
         differs: &[ArbiterHandle],
         start: impl FnOnce(Server) -> Addr<Server>,
     ) -> Self {
+        config.session.limits = table.limits();
         let server = Server::new(table, config.clone());
         let (log, stopping) = (server.log(), server.serving());
         let server = start(server);

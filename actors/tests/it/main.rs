@@ -10,6 +10,8 @@ mod busy;
 mod by_hand;
 mod connection;
 mod hostile;
+mod limits;
+mod metrics;
 mod stop;
 mod storm;
 mod strangers;
