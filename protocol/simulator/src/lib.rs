@@ -282,14 +282,16 @@ impl Run {
             config.mutation = self.mutation;
         }
         totals.runs += 1;
-        let mut world = World::new(config, rng, totals);
+        let Self { seed, deliveries, .. } = self;
+        let failed = |why, trace| Failure { seed, deliveries, why, trace };
+        let panicked = |_| "a panic: see above".to_owned();
+        let world = catch_unwind(AssertUnwindSafe(|| World::new(config, rng, totals)));
+        let mut world = world.map_err(|panic| failed(panicked(panic), Vec::new()))?;
         world.trace = self.trace.then(Vec::new);
         let ran = catch_unwind(AssertUnwindSafe(|| world.run().and_then(|()| world.converge())));
         world.totals.delivered += world.delivered;
         world.totals.steps += world.steps;
-        let panicked = |_| Err("a panic: see above".to_owned());
         let trace = world.trace.take().unwrap_or_default();
-        let Self { seed, deliveries, .. } = self;
-        ran.unwrap_or_else(panicked).map_err(|why| Failure { seed, deliveries, why, trace })
+        ran.map_err(panicked).flatten().map_err(|why| failed(why, trace))
     }
 }
