@@ -1088,13 +1088,23 @@ impl Client {
         self.emit(|| Event::Disconnected(reason));
     }
 
+    /// In a time in which this end did not listen, the server was not silent.
+    fn listens(&mut self) {
+        let now = self.now();
+        if let Some((_, session)) = &mut self.link {
+            session.handle_part(now);
+        }
+    }
+
     fn set_timer(&mut self, ctx: &Context<Self>) {
         self.timer = None;
         let Some(at) = self.link.as_ref().and_then(|(_, session)| session.poll_timeout()) else {
             return;
         };
         // The session is right about when; a little later never is too early.
-        let wait = at.saturating_sub(self.now()).saturating_add(Duration::from_millis(1));
+        // What is heard meanwhile may move it nearer.
+        let wait = at.saturating_sub(self.now()).min(self.config.heartbeat.ping_after);
+        let wait = wait.saturating_add(Duration::from_millis(1));
         self.timer = Some(later(wait, Timer::Session, ctx));
     }
 }
@@ -1340,11 +1350,7 @@ impl Handler<Received> for Client {
             session.handle_message(message, now);
         }
         self.drive(ctx);
-        // In which this end did not listen, the server was not silent.
-        let now = self.now();
-        if let Some(session) = self.session(connection) {
-            session.handle_part(now);
-        }
+        self.listens();
     }
 }
 
@@ -1456,5 +1462,6 @@ impl Handler<Computed> for Client {
             }
         }
         self.drive(ctx);
+        self.listens();
     }
 }

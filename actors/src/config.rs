@@ -30,9 +30,10 @@ pub struct ServerConfig {
     /// for as long as it took. One of a follower that asks over and over (`diff_rest`) begins when the last such one is over for eight
     /// times as long, too, 8 s at the most.
     pub diffs_at_once: usize,
-    /// How long a diff keeps its place while others wait: 60 s, and an eighth of that without a step of it. Then it
+    /// How long a diff keeps its place while others wait: 60 s, and an eighth of that in which nothing happens in it. Then it
     /// is aborted as `Busy`, and asked for again behind the others; what it has repaired stays. Looked at once a
-    /// second. (A diff in which nothing happens ends with `SessionConfig::diff_stall`, whether others wait or not.)
+    /// second. A follower whose walk alone takes longer, over a line of less than 1 Mbit/s with a large table, is repaired when nobody
+    /// else waits. (A diff in which nothing happens ends with `SessionConfig::diff_stall`, whether others wait or not.)
     pub diff_turn: Duration,
     /// How long a follower whose diff has ended rests: 10 s. If it asks for another one before that, it waits for the one
     /// place that all who do so share; the others stay free for those that need them.

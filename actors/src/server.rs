@@ -148,7 +148,13 @@ pub(crate) struct Ask {
 pub(crate) enum Question {
     Admit,
     Snapshot,
-    Read { found: Arc<Difference>, from: usize, max_bytes: usize },
+    /// None: it goes on.
+    Step,
+    Read {
+        found: Arc<Difference>,
+        from: usize,
+        max_bytes: usize,
+    },
     Mark,
     End,
 }
@@ -609,6 +615,7 @@ impl Handler<Ask> for Server {
                 self.reply(follower, Reply::Mark(diff, head, self.table.tree().clone()));
             }
             Question::End => self.end_diff(follower, Some(diff), turn),
+            Question::Step => {}
         }
     }
 }

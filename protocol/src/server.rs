@@ -106,8 +106,8 @@ pub struct SessionConfig {
     /// About how many bytes of what a follower missed are put together in one frame: 64 KiB. Written one by
     /// one, changes are as many frames, each with a header of some 20 bytes.
     pub missed_bytes: usize,
-    /// How long a diff that runs may go without an answer, an acknowledgement, or room for a repair:
-    /// 30 s. Then it is aborted, so that others have its place.
+    /// How long a diff that runs may go without an answer, an acknowledgement, or room for a repair, or a part of
+    /// these: 30 s. Then it is aborted, so that others have its place.
     pub diff_stall: Duration,
     /// When the peer is asked whether it is there, and given up.
     pub heartbeat: HeartbeatConfig,
@@ -601,9 +601,11 @@ impl Session {
         }
     }
 
-    /// Bytes arrived that are not a whole message yet: the peer is alive.
-    pub fn handle_heard(&mut self, now: Duration) {
+    /// Bytes arrived that are not a whole message yet, or the peer took some for which there had been no room: it is alive, and
+    /// what it is asked or sent is on its way.
+    pub fn handle_part(&mut self, now: Duration) {
         self.heartbeat.heard(now);
+        self.progress += 1;
     }
 
     /// A frame arrived that is no message.
@@ -1388,6 +1390,13 @@ impl Session {
     /// How the follower is brought to where the server is; `None` before the handshake is through.
     pub fn way(&self) -> Option<Way> {
         self.way
+    }
+
+    /// The diff that has a place, and how many things have happened since the session began: more of them since it was asked last is
+    /// a diff that goes on.
+    pub fn progress(&self) -> Option<(DiffId, u64)> {
+        let State::Diff(at) = &self.state else { return None };
+        (at.phase != Phase::Queued).then_some((at.id, self.progress))
     }
 
     /// How far the diff under way is: the name of its phase.

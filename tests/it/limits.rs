@@ -246,7 +246,9 @@ async fn a_diff_that_takes_long_gives_way_to_others() {
 
 #[actix_rt::test]
 async fn followers_that_do_not_read_hold_no_more_than_the_log_does() {
-    let config = ServerConfig { log_bytes: 3 << 20, ..ServerConfig::default() };
+    let mut config = ServerConfig { log_bytes: 3 << 20, ..ServerConfig::default() };
+    config.session.limits =
+        Limits { frame_bytes: 2 << 20, value_bytes: 1 << 20, ..Limits::default() };
     let (server, address) = serve(config, MemoryStore::new()).await;
     let reader = follower(address, MemoryStore::new());
     assert!(connect(&reader).await.equal());

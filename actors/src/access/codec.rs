@@ -43,6 +43,10 @@ pub(crate) struct Framed {
     queued: usize,
     /// The stream holds nothing back of what it was given, as TLS may.
     flushed: bool,
+    /// The stream had no room when it was written to last.
+    full: bool,
+    /// It has taken something since.
+    took: bool,
     /// Bytes that came, and bytes that went, headers included.
     pub(crate) received: u64,
     pub(crate) sent: u64,
@@ -61,6 +65,8 @@ impl Framed {
             outbox: VecDeque::new(),
             queued: 0,
             flushed: true,
+            full: false,
+            took: false,
             received: 0,
             sent: 0,
         }
@@ -150,16 +156,27 @@ impl Framed {
                 filled += 1;
             }
             let slices = slices.get(..filled).unwrap_or_default();
-            let written = ready!(Pin::new(&mut *self.stream).poll_write_vectored(cx, slices))?;
+            let Poll::Ready(written) = Pin::new(&mut *self.stream).poll_write_vectored(cx, slices)
+            else {
+                self.full = true;
+                return Poll::Pending;
+            };
+            let written = written?;
             if written == 0 {
                 return Poll::Ready(Err(io::ErrorKind::WriteZero.into()));
             }
+            self.took |= std::mem::take(&mut self.full);
             self.flushed = false;
             self.advance(written);
         }
         ready!(Pin::new(&mut *self.stream).poll_flush(cx))?;
         self.flushed = true;
         Poll::Ready(Ok(()))
+    }
+
+    /// Whether a stream that was full has taken something since this was asked last. Only a peer that is there makes room.
+    pub(crate) fn has_taken(&mut self) -> bool {
+        std::mem::take(&mut self.took)
     }
 
     /// Says to the peer that nothing more comes.

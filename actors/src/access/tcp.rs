@@ -22,7 +22,7 @@ const BACKLOG: i32 = 4096;
 
 /// Of how many bytes that were not sent yet a socket takes no more, where the system can say so: as many as are written at
 /// once ([`ServerConfig::flush_bytes`](crate::ServerConfig)). Otherwise the kernel holds megabytes for each follower that
-/// reads nothing.
+/// reads nothing, and a ping waits behind them on a slow line.
 #[cfg(any(target_os = "android", target_os = "linux"))]
 const UNSENT_BYTES: u32 = 256 << 10;
 
@@ -96,9 +96,7 @@ impl TcpListener {
         };
         // Nor can it be set where nobody is there any more.
         stream.set_nodelay(self.nodelay).ok();
-        // A system that does not know it keeps more, and that is all.
-        #[cfg(any(target_os = "android", target_os = "linux"))]
-        SockRef::from(&stream).set_tcp_notsent_lowat(UNSENT_BYTES).ok();
+        bound_unsent(&stream);
         // Taken out of this thread's runtime, so that the thread that serves it polls it too.
         let stream = stream.into_std()?;
         let peer = match peer.ip().to_canonical() {
@@ -111,6 +109,14 @@ impl TcpListener {
             Ok(Box::new(TcpStream::from_std(stream)?) as Box<dyn Stream>)
         }))
     }
+}
+
+/// A system that does not know it keeps more, and that is all.
+fn bound_unsent(stream: &TcpStream) {
+    #[cfg(any(target_os = "android", target_os = "linux"))]
+    SockRef::from(stream).set_tcp_notsent_lowat(UNSENT_BYTES).ok();
+    #[cfg(not(any(target_os = "android", target_os = "linux")))]
+    let _ = stream;
 }
 
 /// The connection that would be accepted is none any more; some systems say so.
@@ -165,6 +171,7 @@ impl Access for TcpAccess {
         async move {
             let stream = connect_any(tokio::net::lookup_host(address).await?).await?;
             stream.set_nodelay(nodelay)?;
+            bound_unsent(&stream);
             Ok(Box::new(stream) as Box<dyn Stream>)
         }
         .boxed()

@@ -291,7 +291,11 @@ impl Middleman {
         }
         let Some(link) = &mut self.link else { return Ok(()) };
         let unread = link.is_unread(&self.config);
-        if let Poll::Ready(result) = link.framed.poll_flush(cx) {
+        let flushed = link.framed.poll_flush(cx);
+        if link.framed.has_taken() {
+            link.heard(Heard { connection: self.connection, part: true }, &self.client);
+        }
+        if let Poll::Ready(result) = flushed {
             result?;
             if unread {
                 // What was not read because of that can be, and nothing else says so.

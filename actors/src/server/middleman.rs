@@ -46,6 +46,9 @@ use crate::status::{FollowerStatus, ServedDiff, Verified};
 /// arbiter have their turn.
 const TURNS: usize = 32;
 
+/// How often in its turn a diff says that it goes on: four times as often as one gives way that does not.
+const STEPS: u32 = 32;
+
 /// What the Server, the Differ or the clock says.
 #[derive(Debug, Message)]
 #[rtype(result = "()")]
@@ -119,6 +122,8 @@ pub struct Middleman {
     differ: Option<Addr<Differ>>,
     /// When the diff was asked for, and when it got its place.
     diff_since: (Instant, Option<Instant>),
+    /// How far diffs were when the Server was told last that one goes on, and when.
+    stepped: (u64, Instant),
     /// What the session's time is counted from.
     born: Instant,
     /// What had been written when something was left to be written, and since when it is no more.
@@ -156,6 +161,7 @@ impl Middleman {
             status: Arc::new(Mutex::new(status)),
             differ: None,
             diff_since: (Instant::now(), None),
+            stepped: (0, Instant::now()),
             born: Instant::now(),
             stalled: None,
             closing: false,
@@ -354,15 +360,16 @@ impl Middleman {
         if let Some(timer) = self.timer.take() {
             ctx.cancel_future(timer);
         }
-        let stall_timeout = self.shared.config.stall_timeout;
+        let ServerConfig { stall_timeout, session, .. } = &*self.shared.config;
         let wait = match self.session.poll_timeout() {
             // The session is right about when; a little later never is too early.
             Some(at) => {
-                let wait = at.saturating_sub(self.now()).saturating_add(Duration::from_millis(1));
-                wait.min(stall_timeout)
+                // What is heard meanwhile may move it nearer.
+                let wait = at.saturating_sub(self.now()).min(session.heartbeat.ping_after);
+                wait.saturating_add(Duration::from_millis(1)).min(*stall_timeout)
             }
             // It is over, and what it said last may be a while on its way.
-            None if self.closing && !self.parting => stall_timeout,
+            None if self.closing && !self.parting => *stall_timeout,
             None => return,
         };
         self.timer = Some(ctx.run_later(wait, |middleman, ctx| {
@@ -400,8 +407,8 @@ impl Middleman {
                 return Ok(false);
             }
             let Poll::Ready(frame) = self.framed.poll_frame(cx) else {
-                if self.framed.received > before {
-                    self.session.handle_heard(self.now());
+                if self.framed.received > before.max(self.framed.decoded()) {
+                    self.session.handle_part(self.now());
                 }
                 return Ok(false);
             };
@@ -467,7 +474,9 @@ impl Middleman {
         if self.framed.end() > end {
             self.held.queued(end, behind);
         }
-        let limit = self.shared.config.log_bytes;
+        // One frame may be as long as it takes.
+        let ServerConfig { log_bytes, session, .. } = &*self.shared.config;
+        let limit = *log_bytes.max(&session.limits.frame_bytes);
         match self.held.count(self.framed.sent, self.framed.queued(), tail) {
             Some(bytes) if bytes > limit => return Err(AccessError::Held { bytes, limit }),
             _ => {}
@@ -498,6 +507,10 @@ impl Middleman {
                 break;
             }
         }
+        if self.framed.has_taken() {
+            self.session.handle_part(self.now());
+        }
+        self.step();
         if self.closing && self.framed.is_flushed() {
             self.part(ctx);
             // The peer is told that this is the end, and closes when it has heard so.
@@ -507,7 +520,23 @@ impl Middleman {
         } else if more || (held && self.session.wants_input()) {
             cx.waker().wake_by_ref();
         }
-        let Self { session, framed, .. } = &*self;
+        Ok(())
+    }
+
+    /// Tells the Server from time to time that a diff goes on, of which it hears nothing while there is a walk, or a long frame is on
+    /// its way.
+    fn step(&mut self) {
+        let Some((diff, progress)) = self.session.progress() else { return };
+        let (counted, since) = self.stepped;
+        if progress != counted && since.elapsed() >= self.shared.config.diff_turn / STEPS {
+            self.stepped = (progress, Instant::now());
+            self.ask(diff, Question::Step);
+        }
+    }
+
+    /// How things stand, for whoever asks.
+    fn tell(&self) {
+        let Self { session, framed, .. } = self;
         self.update_status(|status| {
             if status.way.is_none()
                 && let Some(way) = session.way()
@@ -526,7 +555,6 @@ impl Middleman {
             status.bytes_sent = framed.sent;
             status.bytes_received = framed.received;
         });
-        Ok(())
     }
 }
 
@@ -587,7 +615,9 @@ impl ActorFuture<Middleman> for Pump {
         ctx: &mut Context<Middleman>,
         cx: &mut task::Context<'_>,
     ) -> Poll<()> {
-        if let Err(error) = middleman.pump(ctx, cx) {
+        let pumped = middleman.pump(ctx, cx);
+        middleman.tell();
+        if let Err(error) = pumped {
             middleman.fail(&error, ctx);
         }
         Poll::Pending

@@ -12,7 +12,14 @@ use crate::by_hand::read;
 
 /// A server of an empty table that is ready.
 pub(crate) async fn serve(config: ServerConfig) -> (Endpoint, MemoryAccess) {
-    let table = Table::open(MemoryStore::new(), Limits::default()).unwrap();
+    serve_filled(MemoryStore::new(), config).await
+}
+
+pub(crate) async fn serve_filled(
+    store: MemoryStore,
+    config: ServerConfig,
+) -> (Endpoint, MemoryAccess) {
+    let table = Table::open(store, Limits::default()).unwrap();
     let endpoint = Endpoint::start_here(table, config);
     let (listener, access) = memory::pair();
     endpoint.listen(listener);

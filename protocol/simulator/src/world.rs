@@ -662,7 +662,7 @@ impl<'a> World<'a> {
                 server.session.handle_message(message, now);
             }
             Ok(None) if link.to_server.ended => self.drop_server(at, true),
-            Ok(None) => server.session.handle_heard(now),
+            Ok(None) => server.session.handle_part(now),
             Err(error) if link.tainted => server.session.handle_malformed(&error),
             Err(error) => return Err(format!("the server cannot read: {error}")),
         }

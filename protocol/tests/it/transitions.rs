@@ -1709,7 +1709,7 @@ fn a_follower_that_owes_no_answer_sends_small_frames() {
     let stall = SessionConfig::default().diff_stall;
     for (now, allowed) in [(0, large), (1, large), (29, large), (30, small)] {
         let now = Duration::from_secs(now).min(stall);
-        end.session.handle_heard(now);
+        end.session.handle_message(ToServer::Pong {}, now);
         end.act(|session| session.handle_timeout(now));
         assert_eq!(limit(&end), allowed, "{now:?}");
     }
@@ -2455,7 +2455,7 @@ fn a_diff_goes_on_for_as_long_as_something_happens() {
         end.act(|session| session.handle_values(DIFF, values));
         let next = std::mem::take(&mut end.events);
         let now = Duration::from_secs(20) * number;
-        end.session.handle_heard(now);
+        end.session.handle_message(ToServer::Pong {}, now);
         end.act(|session| session.handle_timeout(now));
         assert_eq!((&end.sent[..], end.session.state()), (&[][..], "Diff"), "{now:?}");
         end.message(to_server("RepairAck"));
@@ -2469,7 +2469,7 @@ fn what_a_follower_says_in_a_diff_keeps_it_alive() {
     let table = twenty_keys();
     let wait = |end: &mut ServerEnd, seconds| {
         let now = Duration::from_secs(seconds);
-        end.session.handle_heard(now);
+        end.session.handle_message(ToServer::Pong {}, now);
         end.act(|session| session.handle_timeout(now));
         assert_eq!(end.session.state(), "Diff", "after {now:?}");
     };
@@ -2825,6 +2825,26 @@ fn a_diff_in_which_nothing_happens_gives_its_place_back() {
     assert_eq!(end.session.state(), "Diff");
 }
 
+/// What is long on its way is no reason to begin anew: it would take as long again.
+#[test]
+fn parts_of_what_a_diff_waits_for_keep_its_place() {
+    let stall = SessionConfig::default().diff_stall;
+    for stage in ["asked", "repaired"] {
+        let mut end = server_stage(stage);
+        let progress = end.session.progress();
+        for now in (1..10).map(|number| number * stall / 2) {
+            end.session.handle_part(now);
+            end.act(|session| session.handle_timeout(now));
+            assert_eq!(end.session.state(), "Diff", "{stage} after {now:?}");
+        }
+        assert_eq!(end.sent, [], "{stage}: nobody is asked whether it is there");
+        assert!(end.session.progress() > progress, "{stage}");
+    }
+    for stage in ["queued", "relay"] {
+        assert_eq!(server_stage(stage).session.progress(), None, "{stage}");
+    }
+}
+
 #[test]
 fn the_client_asks_then_gives_up() {
     let HeartbeatConfig { ping_after, dead_after } = HeartbeatConfig::default();
@@ -2889,7 +2909,7 @@ fn whatever_is_heard_counts() {
     }
     // A part of a frame, too.
     let mut end = server_stage("relay");
-    end.act(|session| session.handle_heard(late));
+    end.act(|session| session.handle_part(late));
     assert_eq!(end.session.poll_timeout(), Some(late + ping_after));
     let mut end = client_stage("hello");
     end.act(|session| session.handle_heard(late));

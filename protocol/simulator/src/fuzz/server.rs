@@ -180,7 +180,7 @@ impl Server {
                 self.falls += 1;
                 self.session.handle_busy(self.fitting.diff);
             }
-            _ => self.session.handle_heard(self.now),
+            _ => self.session.handle_part(self.now),
         }
         Ok(())
     }
