@@ -49,6 +49,37 @@ pub struct Arbiters {
     pub differs: Vec<ArbiterHandle>,
 }
 
+/// How many pauses are due.
+#[derive(Debug, Default)]
+struct Due {
+    /// For connections that ended and never were subscribed, or were for a moment.
+    ended: AtomicU32,
+    /// For what the handshakes of the former took.
+    handshakes: AtomicU32,
+}
+
+impl Due {
+    /// How long is paused for all of them, which are not due then any more.
+    fn take(&self, config: &ServerConfig) -> Duration {
+        // More end at once when a network fails for a moment, and all of them are honest: for those above it is not paused.
+        let strangers = u32::try_from(config.strangers).unwrap_or(u32::MAX);
+        let due =
+            [(&self.ended, strangers), (&self.handshakes, strangers.saturating_mul(HANDSHAKES))];
+        let due = due.map(|(counted, most)| (counted, counted.load(Ordering::Relaxed), most));
+        let pauses = |count| config.stranger_pause.saturating_mul(count);
+        let pause = due.iter().fold(Duration::ZERO, |pause, &(_, count, most)| {
+            pause.saturating_add(pauses(count).min(pauses(most).max(LEAST_PAUSE)))
+        });
+        if pause < LEAST_PAUSE {
+            return Duration::ZERO;
+        }
+        for (counted, count, _) in due {
+            counted.fetch_sub(count, Ordering::Relaxed);
+        }
+        pause
+    }
+}
+
 /// A Server and what is needed to let followers in.
 #[derive(Clone, Debug)]
 pub struct Endpoint {
@@ -58,8 +89,7 @@ pub struct Endpoint {
     next: Arc<AtomicU64>,
     /// Places for connections that are not subscribed yet.
     strangers: Arc<Semaphore>,
-    /// How many pauses are due for connections that ended and never were subscribed, or were for a moment.
-    ended: Arc<AtomicU32>,
+    due: Arc<Due>,
     /// Held by the listener that pauses: all of them let in as many together as one would alone.
     pausing: Arc<Mutex<()>>,
     listeners: TaskTracker,
@@ -126,7 +156,7 @@ impl Endpoint {
             connections: connections.into(),
             next: Arc::new(AtomicU64::new(1)),
             strangers: Arc::new(Semaphore::new(strangers)),
-            ended: Arc::new(AtomicU32::new(0)),
+            due: Arc::default(),
             pausing: Arc::default(),
             listeners: TaskTracker::new(),
         }
@@ -165,14 +195,8 @@ impl Endpoint {
         }
         loop {
             let pausing = self.pausing.lock().await;
-            let config = &self.shared.config;
-            let ended = self.ended.load(Ordering::Relaxed);
-            // More end at once when a network fails for a moment, and all of them are honest: for those above it is not paused.
-            let most = u32::try_from(config.strangers).unwrap_or(u32::MAX);
-            let longest = config.stranger_pause.saturating_mul(most).max(LEAST_PAUSE);
-            let pause = config.stranger_pause.saturating_mul(ended).min(longest);
-            if pause >= LEAST_PAUSE {
-                self.ended.fetch_sub(ended, Ordering::Relaxed);
+            let pause = self.due.take(&self.shared.config);
+            if !pause.is_zero() {
                 tokio::time::sleep(pause).await;
             }
             drop(pausing);
@@ -186,9 +210,9 @@ impl Endpoint {
                         return;
                     };
                     let until = Instant::now() + self.shared.config.handshake_timeout.min(NEVER);
-                    let ended = Arc::clone(&self.ended);
+                    let due = Arc::clone(&self.due);
                     let took = Duration::ZERO;
-                    self.serve(incoming, Place { place: Some(place), ended, took, until });
+                    self.serve(incoming, Place { place: Some(place), due, took, until });
                 }
                 Err(error) => {
                     warn!(address = listener.address(), %error, "cannot accept");
@@ -236,7 +260,7 @@ impl Endpoint {
 /// server if Hello is said each time, nor if there is a handshake that it has to compute.
 pub(crate) struct Place {
     place: Option<OwnedSemaphorePermit>,
-    ended: Arc<AtomicU32>,
+    due: Arc<Due>,
     /// What its handshake took of a processor, where the system says so.
     took: Duration,
     /// When it is closed unless it is subscribed.
@@ -258,7 +282,8 @@ impl Drop for Place {
             None => return,
         };
         let handshakes = u32::try_from(handshakes).unwrap_or(HANDSHAKES).min(HANDSHAKES);
-        self.ended.fetch_add(1 + handshakes, Ordering::Relaxed);
+        self.due.ended.fetch_add(1, Ordering::Relaxed);
+        self.due.handshakes.fetch_add(handshakes, Ordering::Relaxed);
     }
 }
 

@@ -71,6 +71,7 @@ async fn many_in_a_row_are_paused_for() {
 #[cfg(target_os = "linux")]
 mod handshakes {
     use std::io;
+    use std::sync::Arc;
     use std::time::Duration;
 
     use futures_util::FutureExt;
@@ -79,6 +80,7 @@ mod handshakes {
     use tablecast_actors::ServerConfig;
     use tablecast_actors::access::{Access, Incoming, Listener, memory};
     use tokio::io::AsyncReadExt;
+    use tokio::sync::RwLock;
     use tokio::time::Instant;
 
     use crate::connection::serve;
@@ -88,16 +90,17 @@ mod handshakes {
         clock_gettime(ClockId::ThreadCPUTime).try_into().unwrap()
     }
 
-    /// A listener whose handshakes take a millisecond of a processor, and come to nothing.
-    struct Refusing(memory::MemoryListener);
+    /// A listener whose handshakes take a millisecond of a processor, and come to nothing; when this is no longer held.
+    struct Refusing(memory::MemoryListener, Arc<RwLock<()>>);
 
     impl Listener for Refusing {
         fn accept(&mut self) -> BoxFuture<'_, io::Result<Incoming>> {
-            let accepting = self.0.accept();
+            let (accepting, held) = (self.0.accept(), Arc::clone(&self.1));
             async move {
-                Ok(accepting.await?.with_handshake(async |_| {
+                Ok(accepting.await?.with_handshake(async move |_| {
                     let start = busy();
                     while busy() - start < Duration::from_millis(1) {}
+                    drop(held.read().await);
                     Err(io::Error::other("refused"))
                 }))
             }
@@ -117,7 +120,7 @@ mod handshakes {
         let pause = config.stranger_pause;
         let (endpoint, _) = serve(config).await;
         let (listener, access) = memory::pair();
-        endpoint.listen(Refusing(listener));
+        endpoint.listen(Refusing(listener, Arc::default()));
         let start = Instant::now();
         for _ in 0..100 {
             let mut stranger = access.connect().await.unwrap();
@@ -129,5 +132,36 @@ mod handshakes {
             "{:?}",
             start.elapsed()
         );
+    }
+
+    /// As long, but for as many at once as may be there.
+    #[actix_rt::test]
+    async fn so_is_what_they_take_that_end_together() {
+        tokio::time::pause();
+        let strangers = 20;
+        let config = ServerConfig { strangers, ..ServerConfig::default() };
+        let pause = config.stranger_pause;
+        let (endpoint, _) = serve(config).await;
+        let (listener, access) = memory::pair();
+        let held = Arc::<RwLock<()>>::default();
+        let holding = held.write().await;
+        endpoint.listen(Refusing(listener, Arc::clone(&held)));
+        let mut connected = Vec::new();
+        for _ in 0..strangers {
+            connected.push(access.connect().await.unwrap());
+        }
+        // They are there when it has nothing else to do.
+        tokio::time::sleep(Duration::from_millis(1)).await;
+        drop(holding);
+        for mut stranger in connected {
+            stranger.read_to_end(&mut Vec::new()).await.unwrap();
+        }
+        let start = Instant::now();
+        for _ in 0..2 {
+            let mut stranger = access.connect().await.unwrap();
+            stranger.read_to_end(&mut Vec::new()).await.unwrap();
+        }
+        let due = 5 * pause * u32::try_from(strangers).unwrap();
+        assert!((due..due + 15 * pause).contains(&start.elapsed()), "{:?}", start.elapsed());
     }
 }
