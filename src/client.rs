@@ -170,8 +170,8 @@ impl Client {
         &self.actor
     }
 
-    /// Says farewell to the server and ends. Answers where the table stands, for
-    /// [`Client::continue_from`]; `None` if something may be missing.
+    /// Says farewell to the server and ends. Answers when the server has heard it, or a second later at the latest, where the
+    /// table stands, for [`Client::continue_from`]; `None` if something may be missing.
     pub async fn stop(self) -> Option<Position> {
         // It has stopped before if nobody answers.
         self.actor.send(actors::Stop).await.ok().flatten()

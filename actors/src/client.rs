@@ -112,8 +112,8 @@ pub struct ContinueFrom(pub Position);
 #[rtype(result = "Result<(), DiffError>")]
 pub struct AllowMassDelete;
 
-/// Says farewell to the server and ends. Answered with where the table stands; `None` if something may be
-/// missing.
+/// Says farewell to the server and ends. Answered when the server has heard it, or a second later at the latest, with where the
+/// table stands; `None` if something may be missing.
 #[derive(Debug, Message)]
 #[rtype(result = "Option<Position>")]
 pub struct Stop;
@@ -1144,7 +1144,7 @@ impl fmt::Debug for Client {
 impl Drop for Client {
     /// Also after a panic: a connection without its Client is of no use.
     fn drop(&mut self) {
-        self.tell(Command::Stop);
+        self.tell(Command::Stop(None));
         metrics::client_gone();
     }
 }
@@ -1277,9 +1277,9 @@ impl Handler<Subscribe> for Client {
 }
 
 impl Handler<Stop> for Client {
-    type Result = Option<Position>;
+    type Result = ResponseFuture<Option<Position>>;
 
-    fn handle(&mut self, _: Stop, ctx: &mut Context<Self>) -> Option<Position> {
+    fn handle(&mut self, _: Stop, ctx: &mut Context<Self>) -> Self::Result {
         self.stopping = true;
         let connected = self.link.as_ref().is_some_and(|(_, session)| session.stream().is_some());
         let position = if connected { self.standing() } else { self.position };
@@ -1288,10 +1288,15 @@ impl Handler<Stop> for Client {
             session.handle_close(Reason::Stopping, "");
         }
         self.drive(ctx);
-        self.tell(Command::Stop);
+        let (told, ended) = oneshot::channel();
+        self.tell(Command::Stop(Some(told)));
         self.waiters.clear();
         ctx.stop();
-        position
+        Box::pin(async move {
+            // Nothing is said, it is dropped.
+            ended.await.ok();
+            position
+        })
     }
 }
 

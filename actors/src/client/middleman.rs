@@ -14,6 +14,7 @@ use std::time::Duration;
 use actix::prelude::*;
 use tablecast_protocol::server::Close;
 use tablecast_protocol::{SMALL_FRAME_BYTES, ToClient, ToServer, wire};
+use tokio::sync::oneshot;
 use tokio::time::Instant;
 use tracing::{debug, info, warn};
 
@@ -55,8 +56,8 @@ pub(crate) enum Command {
     Done(ConnectionId, usize),
     /// The connection ends; what was to be sent goes out first.
     Close(ConnectionId, Close),
-    /// End for good, in the same way.
-    Stop,
+    /// End for good, in the same way. This is dropped then.
+    Stop(Option<oneshot::Sender<()>>),
 }
 
 /// The actor.
@@ -70,6 +71,8 @@ pub struct Middleman {
     /// The wait before the last attempt.
     waited: Duration,
     stopping: bool,
+    /// Who waits for the end.
+    told: Option<oneshot::Sender<()>>,
 }
 
 struct Link {
@@ -128,8 +131,8 @@ impl Middleman {
     ) -> Self {
         let backoff = Backoff::new(config.backoff_min, config.backoff_max);
         let waited = Duration::ZERO;
-        let (connection, link, stopping) = (last, None, false);
-        Self { config, access, client, backoff, connection, link, waited, stopping }
+        let (connection, link, stopping, told) = (last, None, false, None);
+        Self { config, access, client, backoff, connection, link, waited, stopping, told }
     }
 
     fn connect(&self, ctx: &mut Context<Self>) {
@@ -301,7 +304,11 @@ impl Middleman {
                 // What was not read because of that can be, and nothing else says so.
                 cx.waker().wake_by_ref();
             }
-            if link.closing && link.framed.poll_shutdown(cx).is_ready() {
+            // A server that has heard the last words closes, too.
+            if link.closing
+                && link.framed.poll_shutdown(cx).is_ready()
+                && link.framed.poll_drain(cx).is_ready()
+            {
                 return Err(AccessError::Closed);
             }
         }
@@ -391,8 +398,9 @@ impl Handler<Command> for Middleman {
                     });
                 }
             }
-            Command::Stop => {
+            Command::Stop(told) => {
                 self.stopping = true;
+                self.told = self.told.take().or(told);
                 match &mut self.link {
                     // The Client has said farewell before.
                     Some(link) => link.closing = true,

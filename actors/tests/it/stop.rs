@@ -1,14 +1,16 @@
-//! A server that stops.
+//! A server, or a follower, that stops.
 
+use std::cell::Cell;
 use std::time::Duration;
 
-use actix::Addr;
-use tablecast_actors::ServerConfig;
-use tablecast_actors::protocol::{Change, Reason, ToClient};
+use actix::prelude::*;
+use tablecast_actors::client::{self, Client};
+use tablecast_actors::protocol::{Change, MemoryStore, Reason, Replica, ToClient, ToServer};
 use tablecast_actors::server::{Server, Stop, Write};
+use tablecast_actors::{ClientConfig, ServerConfig};
 use tokio::time::Instant;
 
-use crate::by_hand::read;
+use crate::by_hand::{by_hand, read, welcome, write};
 use crate::connection::{serve, subscribe};
 
 #[actix_rt::test]
@@ -93,4 +95,48 @@ async fn who_takes_nothing_any_more_does_not_hold_up_the_end() {
     let start = Instant::now();
     server.send(Stop).await.unwrap();
     assert!(start.elapsed() < 3 * stall_timeout, "{:?}", start.elapsed());
+}
+
+#[actix_rt::test]
+async fn a_follower_has_stopped_when_its_server_has_heard_so() {
+    tokio::time::pause();
+    let (access, mut connected) = by_hand();
+    let replica = Replica::open(MemoryStore::new()).unwrap();
+    let client = Client::new(replica, access, ClientConfig::default()).start();
+    client.send(client::Ready).await.unwrap();
+    let mut stream = welcome(&mut connected).await;
+    let asked = read(&mut stream).await;
+    assert!(matches!(asked, ToServer::SyncReq { .. }), "{asked:?}");
+    // What is on its way meanwhile is nobody's any more.
+    write(&mut stream, &ToClient::Ping {}).await;
+    let heard = Cell::new(false);
+    let hearing = async {
+        tokio::time::sleep(Duration::from_millis(500)).await;
+        let mut last = read(&mut stream).await;
+        while let ToServer::Pong {} = last {
+            last = read(&mut stream).await;
+        }
+        assert!(matches!(last, ToServer::Farewell { reason: Reason::Stopping, .. }), "{last:?}");
+        heard.set(true);
+        drop(stream);
+    };
+    let stopping = async {
+        assert_eq!(client.send(client::Stop).await.unwrap(), None);
+        assert!(heard.get());
+    };
+    tokio::join!(stopping, hearing);
+}
+
+/// A server that is silent holds up nobody for long.
+#[actix_rt::test]
+async fn a_follower_stops_though_its_server_does_not_close() {
+    tokio::time::pause();
+    let (access, mut connected) = by_hand();
+    let replica = Replica::open(MemoryStore::new()).unwrap();
+    let client = Client::new(replica, access, ClientConfig::default()).start();
+    client.send(client::Ready).await.unwrap();
+    let _stream = welcome(&mut connected).await;
+    let start = Instant::now();
+    client.send(client::Stop).await.unwrap();
+    assert!(start.elapsed() < Duration::from_secs(2), "{:?}", start.elapsed());
 }
