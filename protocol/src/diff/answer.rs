@@ -35,10 +35,12 @@ fn put_node(
 ) {
     let part = query.widths.key_part(path.depth());
     let entry_bytes = part.len() + usize::from(query.widths.entry);
-    let few = subtree.len() <= query.small as usize && subtree.len() * entry_bytes < max_bytes;
+    let count = subtree.len() as u64 + 1;
+    let bytes = varint_bytes(count) + subtree.len() * entry_bytes;
+    let few = subtree.len() <= query.small as usize && bytes <= max_bytes;
     // Where the path cannot grow, only the entries themselves can tell.
     if few || path.depth() == Path::MAX_DEPTH {
-        put_varint(answer, subtree.len() as u64 + 1);
+        put_varint(answer, count);
         for entry in subtree.iter() {
             let hash = entry.key_hash().as_bytes();
             answer.extend_from_slice(hash.get(part.clone()).unwrap_or_default());
@@ -77,6 +79,12 @@ fn put_children(
 
 pub(super) fn cut(hash: &[u8], width: u8) -> &[u8] {
     hash.get(..usize::from(width)).unwrap_or(hash)
+}
+
+/// How many bytes [`put_varint`] puts.
+fn varint_bytes(number: u64) -> usize {
+    let bits = u64::BITS - (number | 1).leading_zeros();
+    bits.div_ceil(7) as usize
 }
 
 fn put_varint(answer: &mut Vec<u8>, mut number: u64) {

@@ -275,6 +275,21 @@ fn a_nearly_empty_follower_costs_one_query() {
     assert_eq!((nearly.rounds, nearly.difference.writes.len()), (1, 2980));
 }
 
+/// Neither one byte more, nor children where there was room.
+#[test]
+fn entries_are_answered_if_they_fit_exactly() {
+    let widths = Widths { node: 6, key: 6, entry: 4 };
+    for count in [32, 126, 127, 1000] {
+        let tree = filled(count);
+        let nodes = bytes::Bytes::new();
+        let query = Query { depth: 0, levels: 1, small: u32::MAX, widths, nodes };
+        let whole = answer(&tree, &query, 1 << 20).unwrap();
+        assert_eq!(whole.len(), count as usize * 10 + if count < 127 { 1 } else { 2 });
+        assert_eq!(answer(&tree, &query, whole.len()).unwrap(), whole);
+        assert_eq!(answer(&tree, &query, whole.len() - 1).unwrap()[0], 0, "{count}: children");
+    }
+}
+
 #[test]
 fn a_short_hash_that_was_fooled_is_seen_at_full_width() {
     // Two keys whose hashes share 48 bits are hard to find; a width of one byte shows the same.
