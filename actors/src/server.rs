@@ -229,7 +229,8 @@ struct Follower {
 impl Server {
     /// A server of this table.
     pub fn new(table: Table, config: ServerConfig) -> Self {
-        let log = Log::new(config.log_bytes, Revision::ZERO, tablecast_protocol::Chain::START);
+        let (revision, chain) = table.taken();
+        let log = Log::new(config.log_bytes, revision, chain);
         Self {
             table,
             log: SharedLog(Arc::new(Mutex::new(log))),

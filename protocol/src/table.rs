@@ -31,6 +31,14 @@ pub enum WriteError {
     /// The store refused.
     #[error(transparent)]
     Store(#[from] StoreError),
+    /// The history would go beyond revision 2^64 - 1: it was continued from a position that nobody can have come to.
+    #[error("{changes} changes are more than come behind revision {head}")]
+    LastRevision {
+        /// Where it stands.
+        head: Revision,
+        /// How many were to be written.
+        changes: usize,
+    },
 }
 
 /// What the server owns, without the actor: one call validates a batch, applies it to the store
@@ -135,9 +143,12 @@ impl Table {
     /// Costs, beside the store: two hashes, a chain block and a path of the tree a change.
     ///
     /// # Errors
-    /// If a change or the batch is too large, or the store refuses. Nothing has changed then.
+    /// If a change or the batch is too large, the store refuses, or the history has no more revisions. Nothing has changed then.
     pub fn write(&mut self, changes: &[Change]) -> Result<(), WriteError> {
         let bytes = self.limits.check_batch(changes)?;
+        if self.head.0.checked_add(changes.len() as u64).is_none() {
+            return Err(WriteError::LastRevision { head: self.head, changes: changes.len() });
+        }
         self.store.apply(changes)?;
         if self.open.bytes + bytes > LIVE_FRAME_BYTES.min(self.limits.frame_bytes) {
             self.seal();
@@ -186,6 +197,15 @@ impl Table {
     /// The next chunk for the log, and the chain behind it.
     pub fn next_chunk(&mut self) -> Option<(Chunk, Chain)> {
         self.sealed.pop_front()
+    }
+
+    /// Where the first chunk begins that has not been taken: where a log of it begins.
+    pub fn taken(&self) -> (Revision, Chain) {
+        let (next, chain) = match self.sealed.front() {
+            Some((chunk, _)) => (chunk.first, chunk.before),
+            None => (self.open.first, self.open.before),
+        };
+        (Revision(next.0.saturating_sub(1)), chain)
     }
 
     /// Where the history stands; `None` before [`Table::ready`].

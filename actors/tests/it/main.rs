@@ -10,6 +10,7 @@ mod busy;
 mod by_hand;
 mod connection;
 mod heartbeat;
+mod history;
 mod hostile;
 mod limits;
 mod metrics;

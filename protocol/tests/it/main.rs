@@ -17,6 +17,7 @@
 mod amplification;
 mod convergence;
 mod pair;
+mod table;
 mod transitions;
 mod tree;
 mod vectors;
