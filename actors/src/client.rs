@@ -588,7 +588,8 @@ impl Client {
                     self.fell_behind += 1;
                     metrics::fell_behind();
                     self.emit(|| Event::FellBehind(revision));
-                    // One that waits for its place is of the table behind this.
+                    // One that waits for its place is of the table behind this. One whose roots are compared is not, and asks for
+                    // another one when it is done.
                     if self.running.is_none() {
                         self.want_diff(false);
                     }
@@ -888,6 +889,9 @@ impl Client {
             self.retry = None;
             // What it was for while this one ran is healed.
             self.due &= !self.next.is_empty();
+        } else if self.trouble.is_none() {
+            // It fell behind meanwhile.
+            self.want_diff(false);
         } else if report.equal() {
             self.retry_diff(false, ctx);
         } else {
@@ -902,6 +906,7 @@ impl Client {
         let DiffReport { failed, revision, root, server_root, .. } = report;
         let reason = match &self.refusal {
             _ if report.equal() && whole => return None,
+            None if report.equal() && *failed == 0 => return None,
             Some(error) => format!("the store refuses: {error}"),
             None if *failed > 0 => format!("{failed} keys cannot be read at the server"),
             None => {
@@ -1058,6 +1063,12 @@ impl Client {
 
     fn closed(&mut self, connection: ConnectionId, close: Close, ctx: &Context<Self>) {
         let reason = close.to_string();
+        if let (Close::Here { reason: Reason::Protocol, .. }, Some(running)) =
+            (&close, &mut self.running)
+        {
+            // Short prefixes that cover several keys each, which somebody chose so, look like a server that deletes too much.
+            running.full = true;
+        }
         self.tell(Command::Close(connection, close));
         self.unlink(reason, ctx);
     }

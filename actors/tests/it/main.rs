@@ -14,6 +14,7 @@ mod history;
 mod hostile;
 mod limits;
 mod metrics;
+mod next_diff;
 mod slow_line;
 mod stop;
 mod storm;
