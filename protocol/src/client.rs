@@ -58,7 +58,7 @@ use crate::change::Change;
 use crate::diff::Query;
 use crate::error::{DecodeError, ProtocolError};
 use crate::heartbeat::{Beat, Heartbeat, HeartbeatConfig};
-use crate::limits::{FRAME_OVERHEAD, Limits, SMALL_FRAME_BYTES};
+use crate::limits::{FRAME_OVERHEAD, Limits, MAX_CHANGES, SMALL_FRAME_BYTES};
 use crate::message::{
     AbortReason, DiffId, NAME_BYTES, Reason, TEXT_BYTES, ToClient, ToServer, Way, clip, said,
 };
@@ -553,7 +553,11 @@ impl Session {
             return Err(ProtocolError::Chain { revision: stream.revision.0 });
         }
         let changes: Vec<(Change, Digest)> = changes.into_iter().map(digested).collect();
-        stream.revision = stream.revision.plus(changes.len() as u64);
+        let Some(revision) = stream.revision.0.checked_add(changes.len() as u64) else {
+            let (got, revision, stands) = ("Live", first.0, stream.revision.0);
+            return Err(ProtocolError::Revision { got, revision, stands });
+        };
+        stream.revision = Revision(revision);
         stream.chain = changes.iter().fold(stream.chain, |chain, (_, digest)| chain.fold(digest));
         self.outputs.push_back(Output::Apply { first, changes });
         Ok(())
@@ -1129,11 +1133,16 @@ impl Running {
             let prefix =
                 KeyPrefix::new(prefix).ok_or(broken("a prefix is longer than a key's hash"))?;
             // Of the snapshot that was walked, not of the table as it is now.
-            changes.extend(self.tree.get_prefix(prefix).map(|entry| {
+            let room = MAX_CHANGES.saturating_sub(changes.len());
+            let entries = self.tree.get_prefix(prefix);
+            changes.extend(entries.take(room + 1).map(|entry| {
                 let key = bytes::Bytes::copy_from_slice(entry.key());
                 self.counts.deleted += 1;
                 (Change::Delete { key }, Digest { key: *entry.key_hash(), entry: None })
             }));
+            if changes.len() > MAX_CHANGES {
+                return Err(broken("it deletes more keys than one repair may"));
+            }
             // Keys whose hashes begin alike are one prefix for the server; such keys are rare. And no honest
             // one names a prefix twice: a short one in a byte could be the whole table each time.
             let most = self.max_deletes.min(self.tree.len() as u64);

@@ -11,7 +11,7 @@
 /// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Limits {
-    /// Largest frame without its length header, 16 KiB at the least: a walk at full width needs it. A
+    /// Largest frame without its length header, 16 KiB at the least, or walks take more rounds, and below 4 GiB. A
     /// peer that declares a longer one is cut off before memory is spent. 9 MiB: a value and a key at
     /// their limits and a few bytes.
     pub frame_bytes: usize,
@@ -107,7 +107,8 @@ impl Limits {
     }
 
     fn check_frame(&self, bytes: usize) -> Result<usize, LimitError> {
-        let limit = self.frame_bytes;
+        // Its length is told in four bytes.
+        let limit = self.frame_bytes.min(u32::MAX as usize);
         if bytes > limit { Err(LimitError::Batch { bytes, limit }) } else { Ok(bytes) }
     }
 

@@ -1,7 +1,6 @@
 //! The server's retained tail of recent changes: the queue of every follower at once.
 
 use std::collections::{BTreeMap, HashSet, VecDeque};
-use std::hash::{BuildHasherDefault, Hasher};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -323,32 +322,16 @@ pub struct Shortened {
     head: Position,
 }
 
-/// Key hashes are hashes: their first 64 bits will do.
-#[derive(Default)]
-struct Prehashed(u64);
-
-impl Hasher for Prehashed {
-    fn write(&mut self, bytes: &[u8]) {
-        self.0 = bytes.first_chunk().copied().map_or(0, u64::from_le_bytes);
-    }
-
-    /// The length, which is always the same.
-    fn write_usize(&mut self, _: usize) {}
-
-    fn finish(&self) -> u64 {
-        self.0
-    }
-}
-
 impl Shortened {
-    /// Finds the last change of every key: some 20 ns a change. It takes 20 bytes a key meanwhile.
+    /// Finds the last change of every key: some 30 ns a change. It takes 20 bytes a key meanwhile.
     ///
     /// Keys are told apart by their hashes. Two that collide (2^64 tries by whoever chooses keys) would
     /// make one of them be left out; comparing roots finds that.
     pub fn of(missed: &Missed) -> Self {
         let changes: usize = missed.keys.iter().map(|keys| keys.len()).sum();
         let mut counts = vec![0_u64; changes.div_ceil(64)].into_boxed_slice();
-        let mut seen = HashSet::<_, BuildHasherDefault<Prehashed>>::default();
+        // Hashed anew, with a key that nobody knows: whoever chooses keys can have their hashes begin alike.
+        let mut seen = HashSet::new();
         let newest_first = missed.keys.iter().rev().flat_map(|keys| keys.iter().rev());
         for (key, index) in newest_first.zip((0..changes).rev()) {
             if seen.insert(key)

@@ -95,7 +95,7 @@ pub struct SessionConfig {
     /// and no megabytes of them stand in a socket's buffer before a live change.
     pub repair_window: u32,
     /// Most keys updated during one diff that are remembered: 1 Mi, some 20 MiB. More of them, by a sixteenth
-    /// at the most, abort it.
+    /// at the most, abort it. So do more that cannot be read.
     pub updated_keys: usize,
     /// Of how many keys that a walk found the entries are held at once: 4 Ki, 256 KiB of them, or a sixteenth of the table if
     /// that is more. Others are held as nodes of the tree, until it is their turn.
@@ -106,7 +106,7 @@ pub struct SessionConfig {
     /// About how many bytes of what a follower missed are put together in one frame: 64 KiB. Written one by
     /// one, changes are as many frames, each with a header of some 20 bytes.
     pub missed_bytes: usize,
-    /// How long a diff that runs may go without an answer, an acknowledgement, or room for a repair, or a part of
+    /// How long a diff that waits for its follower may go without an answer, an acknowledgement, or room for a repair, or a part of
     /// these: 30 s. Then it is aborted, so that others have its place.
     pub diff_stall: Duration,
     /// When the peer is asked whether it is there, and given up.
@@ -330,7 +330,7 @@ impl Repair {
         if took > REPAIR_TIME {
             self.max_bytes = LEAST_REPAIR_BYTES.max(self.max_bytes / 2).min(self.most_bytes);
         } else if took < REPAIR_TIME / 2 {
-            self.max_bytes = self.most_bytes.min(self.max_bytes * 2);
+            self.max_bytes = self.most_bytes.min(self.max_bytes.saturating_mul(2));
         }
     }
 
@@ -946,16 +946,21 @@ impl Session {
     /// What the server read for a repair.
     pub fn handle_values(&mut self, diff: DiffId, mut values: Values) {
         let early = self.broken.breaks(Mutation::SuppressAtReading);
+        let most_failed = self.config.updated_keys;
         if let Some(at) = self.diff(diff)
             && let Phase::Repair(repair) = &mut at.phase
             && repair.ready.is_none()
         {
             repair.next = values.next;
             repair.failed.extend(&values.failed);
+            let unreadable = repair.failed.len() > most_failed;
             if early {
                 at.updated.suppress(&mut values, true);
             }
             repair.ready = Some(values);
+            if unreadable {
+                return self.abort(diff, AbortReason::Walk);
+            }
             // Here and not where the next reading is asked for, which is beside the log.
             self.look_on(diff);
         }
@@ -1057,7 +1062,7 @@ impl Session {
     fn watch_diff(&mut self, now: Duration) {
         let (counted, since) = self.progressed;
         match &self.state {
-            State::Diff(at) if at.phase != Phase::Queued && counted == self.progress => {
+            State::Diff(at) if at.waits_for_follower() && counted == self.progress => {
                 if now.saturating_sub(since) >= self.config.diff_stall {
                     self.abort(at.id, AbortReason::Stalled);
                 }
@@ -1449,6 +1454,16 @@ impl State {
 }
 
 impl Diff {
+    /// Whether it goes on when the follower has answered, acknowledged or taken something, and not when this end is done.
+    fn waits_for_follower(&self) -> bool {
+        match &self.phase {
+            Phase::Queued | Phase::Snapshot => false,
+            Phase::Walk { asked } => *asked,
+            Phase::Repair(repair) => !(repair.collecting && repair.waits),
+            Phase::Mark { .. } => true,
+        }
+    }
+
     fn asked_for(
         id: DiffId,
         full: bool,

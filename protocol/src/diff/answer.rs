@@ -37,7 +37,7 @@ fn put_node(
     let entry_bytes = part.len() + usize::from(query.widths.entry);
     let count = subtree.len() as u64 + 1;
     let bytes = varint_bytes(count) + subtree.len() * entry_bytes;
-    let few = subtree.len() <= query.small as usize && bytes <= max_bytes;
+    let few = subtree.len() == 0 || subtree.len() <= query.small as usize && bytes <= max_bytes;
     // Where the path cannot grow, only the entries themselves can tell.
     if few || path.depth() == Path::MAX_DEPTH {
         put_varint(answer, count);

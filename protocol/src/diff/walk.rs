@@ -131,7 +131,8 @@ impl Walk {
         // Everything the follower has is to go: its entries at once, as far as an answer holds.
         let larger = len.max(tree.len() as u64);
         let small = if tree.is_empty() { u32::MAX } else { small(larger) };
-        let levels = if larger < TWO_LEVELS { 1 } else { 2 };
+        let two_levels = 16 * 16 * usize::from(widths.node) + 17 * 2 < max_bytes;
+        let levels = if larger < TWO_LEVELS || !two_levels { 1 } else { 2 };
         let mut walk = Self {
             tree,
             widths,
@@ -359,7 +360,8 @@ impl Comparing<'_> {
                     found.write(entry, *most);
                 }
             }
-            if !known {
+            // Nodes below its end have it one after the other.
+            if !known && found.first.deletes.last() != Some(prefix) {
                 found.first.deletes.push(*prefix);
             }
         }
@@ -427,5 +429,45 @@ impl<'a> Reader<'a> {
                 Ok(Theirs { prefix, entry })
             })
             .collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::diff::answer;
+    use crate::tree::KeyHash;
+
+    /// Keys whose hashes share their first 6 bytes, as somebody may choose them.
+    fn crowded() -> Tree {
+        let mut tree = Tree::new();
+        for n in 0..40_u8 {
+            let mut hash = [7; KeyHash::BYTES];
+            hash[6..].fill(n.wrapping_mul(6));
+            let entry =
+                Entry::from_hashes(&[n], KeyHash::from_bytes(hash), Hash::of_entry(&[n], b""));
+            tree.insert_entry(entry);
+        }
+        tree
+    }
+
+    /// What a follower resolves twice, it would count twice.
+    #[test]
+    fn a_prefix_that_several_nodes_have_is_named_once() {
+        let follower = crowded();
+        for others in [0_u32, 1000] {
+            let server = Tree::build((0..others).map(|n| (n.to_be_bytes(), "")));
+            for (full, deletes) in [(false, 1), (true, 40)] {
+                let root = Some(follower.root());
+                let (mut walk, mut step) =
+                    Walk::new(server.clone(), root, 40, full, 1 << 20, 10_000);
+                while let Step::Ask(query) = step {
+                    step =
+                        walk.handle_answer(&answer(&follower, &query, 1 << 20).unwrap()).unwrap();
+                }
+                let Step::Done(found) = step else { panic!("it asks") };
+                assert_eq!(found.first.deletes.len(), deletes, "{others} {full}");
+            }
+        }
     }
 }

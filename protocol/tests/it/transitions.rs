@@ -16,8 +16,8 @@ use tablecast_protocol::server::{self, Close, Event, Served, SessionConfig, Tran
 use tablecast_protocol::wire::{self, Changes, HEADER_BYTES, Message, Raw, VERSION};
 use tablecast_protocol::{
     AbortReason, Chain, ChainTag, Change, DecodeError, DiffId, Digest, Entry, Epoch, FollowerId,
-    Hash, HeartbeatConfig, Limits, Log, MemoryStore, Missed, Mutation, Position, Reason, Replica,
-    Revision, Shortened, Store, Table, ToClient, ToServer, Tree, Way,
+    Hash, HeartbeatConfig, KeyHash, Limits, Log, MemoryStore, Missed, Mutation, Position, Reason,
+    Replica, Revision, Shortened, Store, Table, ToClient, ToServer, Tree, Values, Way,
 };
 
 const PAGE: &str = include_str!("../../../docs/protocol.md");
@@ -1142,6 +1142,18 @@ fn the_client_closes_on_a_gap_in_the_live_changes() {
 }
 
 #[test]
+fn the_client_closes_on_changes_behind_the_last_revision() {
+    let mut end = client_stage("relay");
+    let (revision, chain) = (Revision(u64::MAX - 1), Chain::START);
+    end.message(ToClient::FellBehind { jumps: 1, revision, chain });
+    end.message(live(revision.next(), chain.tag()));
+    let last = end.session.stream().unwrap();
+    assert_eq!(last.revision, Revision(u64::MAX));
+    let text = end.message(live(last.revision, last.chain.tag())).closes("one more");
+    assert!(text.starts_with("Live names revision 18446744073709551615"), "{text}");
+}
+
+#[test]
 fn the_client_closes_on_another_chain() {
     let other = Chain::from_bytes([1; 24]).tag();
     for stage in ["relay", "waiting", "diff", "announced"] {
@@ -2160,6 +2172,22 @@ fn the_client_deletes_no_key_over_and_over() {
     closes_on_too_much(&end, "more keys than there are");
 }
 
+/// A few bytes would be a whole table in memory otherwise.
+#[test]
+fn the_client_deletes_no_more_keys_at_once_than_a_frame_has_changes() {
+    let tree = Tree::build((0..70_000_u32).map(|n| (n.to_be_bytes(), "1")));
+    let prefixes: Vec<_> = (0..=255).collect();
+    let mut end = announced(&tree, u64::MAX, 0, 256);
+    let text = end.message(repair(vec![], 1, &prefixes)).closes("all at once");
+    assert_eq!(text, "malformed repair: it deletes more keys than one repair may");
+    let mut end = announced(&tree, u64::MAX, 0, 256);
+    for half in prefixes.chunks(128) {
+        end.message(repair(vec![], 1, half));
+        assert!(matches!(end.outputs[..], [Output::Repair { .. }]));
+        end.act(|session| session.handle_repaired(DIFF, 0, 0, Duration::ZERO));
+    }
+}
+
 #[test]
 fn a_mark_at_which_the_store_cannot_be_read_is_none() {
     let mut end = client_stage("verified");
@@ -2560,6 +2588,31 @@ fn what_cannot_be_read_and_was_updated_has_not_failed() {
 }
 
 #[test]
+fn more_unreadable_keys_than_are_remembered_end_a_diff() {
+    for (remembered, ends) in [(3, false), (2, true)] {
+        let table = server_table();
+        let config = SessionConfig { updated_keys: remembered, ..SessionConfig::default() };
+        let mut end = admitted(&table, config);
+        end.act(|session| session.handle_snapshot(DIFF, table.tree().clone()));
+        let first = Difference { writes: table.tree().iter().cloned().collect(), deletes: vec![] };
+        let writes = first.writes.len() as u64;
+        let found = Found { first, writes, rest: Vec::new() };
+        end.act(|session| session.handle_step(DIFF, Step::Done(found)));
+        let failed = (0..3_u8).map(|n| KeyHash::of(&[n])).collect();
+        let values = Values {
+            revision: Revision::ZERO,
+            next: writes as usize,
+            writes: vec![],
+            deletes: vec![],
+            failed,
+        };
+        end.act(|session| session.handle_values(DIFF, values));
+        let aborted = ToClient::SyncAbort { diff: DIFF, reason: AbortReason::Walk };
+        assert_eq!(end.sent.contains(&aborted), ends, "{:?}", end.sent);
+    }
+}
+
+#[test]
 fn more_updated_keys_than_are_remembered_end_a_diff() {
     let mut table = server_table();
     let mut end = admitted(&table, SessionConfig { updated_keys: 2, ..SessionConfig::default() });
@@ -2815,14 +2868,17 @@ fn a_diff_in_which_nothing_happens_gives_its_place_back() {
         assert!(end.events.iter().any(ended), "{stage}: {:?}", end.events);
         assert_eq!(end.session.state(), "Relay", "{stage}");
     }
-    // One that waits for a place has none to give back.
-    let mut end = server_stage("queued");
-    end.act(|session| {
-        session.handle_message(ToServer::Pong {}, 2 * stall);
-        session.handle_timeout(2 * stall);
-        session.handle_timeout(2 * stall);
-    });
-    assert_eq!(end.session.state(), "Diff");
+    // One that waits for a place has none to give back, and what this end is not done with is not the follower's fault.
+    for stage in ["queued", "snapshot", "walk", "answered"] {
+        let mut end = server_stage(stage);
+        for now in [2 * stall, 4 * stall] {
+            end.act(|session| {
+                session.handle_message(ToServer::Pong {}, now);
+                session.handle_timeout(now);
+            });
+        }
+        assert_eq!(end.session.state(), "Diff", "{stage}");
+    }
 }
 
 /// What is long on its way is no reason to begin anew: it would take as long again.

@@ -290,6 +290,32 @@ fn entries_are_answered_if_they_fit_exactly() {
     }
 }
 
+/// An empty node is one byte, whatever fits.
+#[test]
+fn nothing_is_answered_as_nothing() {
+    let nodes = bytes::Bytes::new();
+    let query = Query { depth: 0, levels: 2, small: 0, widths: Widths::FULL, nodes };
+    assert_eq!(answer(&Tree::new(), &query, 0).unwrap()[..], [1]);
+}
+
+/// A server that accepts small frames asks for what fits them.
+#[test]
+fn two_levels_are_asked_for_if_they_fit() {
+    let (server, follower) = (filled(5000), filled(4900));
+    for (frame_bytes, full) in [(4096, true), (4096, false), (1024, false), (64 << 10, true)] {
+        let root = Some(follower.root());
+        let (mut walk, mut step) =
+            Walk::new(server.clone(), root, 4900, full, frame_bytes / 2, PART_KEYS);
+        while let Step::Ask(query) = step {
+            let answer = answer(&follower, &query, frame_bytes - 64).unwrap();
+            assert!(answer.len() <= frame_bytes - 64, "{frame_bytes} {full}: {}", answer.len());
+            step = walk.handle_answer(&answer).unwrap();
+        }
+        let Step::Done(found) = step else { panic!() };
+        assert_eq!(all(&server, found).writes.len(), 100);
+    }
+}
+
 #[test]
 fn a_short_hash_that_was_fooled_is_seen_at_full_width() {
     // Two keys whose hashes share 48 bits are hard to find; a width of one byte shows the same.
