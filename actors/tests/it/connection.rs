@@ -1,14 +1,19 @@
-//! A server on this thread, and the follower's end of a connection by hand.
+//! Connections of which one end is done by hand, and the other one is on this thread.
 
-use tablecast_actors::ServerConfig;
+use actix::prelude::*;
 use tablecast_actors::access::memory::{self, MemoryAccess};
 use tablecast_actors::access::{Access, Stream};
+use tablecast_actors::client::{self, Client};
 use tablecast_actors::protocol::wire;
-use tablecast_actors::protocol::{Epoch, Limits, MemoryStore, Table, ToClient, ToServer};
+use tablecast_actors::protocol::{
+    Epoch, Limits, MemoryStore, Replica, Store, Table, ToClient, ToServer,
+};
 use tablecast_actors::server::{Endpoint, Ready};
-use tokio::io::AsyncWriteExt;
+use tablecast_actors::{ClientConfig, ServerConfig};
+use tokio::io::{AsyncWriteExt, DuplexStream};
+use tokio::sync::mpsc;
 
-use crate::by_hand::read;
+use crate::by_hand::{by_hand, read, welcome};
 
 /// A server of an empty table that is ready.
 pub(crate) async fn serve(config: ServerConfig) -> (Endpoint, MemoryAccess) {
@@ -34,4 +39,16 @@ pub(crate) async fn subscribe(access: &impl Access) -> Box<dyn Stream> {
     let message = read(&mut stream).await;
     assert!(matches!(message, ToClient::Welcome { .. }), "{message:?}");
     stream
+}
+
+/// A follower, the connections that come of it, and the first of them, at the beginning of a history.
+pub(crate) async fn follower(
+    store: impl Store,
+    config: ClientConfig,
+) -> (Addr<Client>, mpsc::UnboundedReceiver<DuplexStream>, DuplexStream) {
+    let (access, mut connected) = by_hand();
+    let client = Client::new(Replica::open(store).unwrap(), access, config).start();
+    client.send(client::Ready).await.unwrap();
+    let stream = welcome(&mut connected).await;
+    (client, connected, stream)
 }

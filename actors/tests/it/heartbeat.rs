@@ -1,15 +1,13 @@
 //! Each end asks whether the other one is there as often as it says.
 
-use actix::prelude::*;
-use tablecast_actors::client::{Client, Ready};
 use tablecast_actors::protocol::wire::{self, Message};
-use tablecast_actors::protocol::{HeartbeatConfig, MemoryStore, Replica, ToClient, ToServer};
+use tablecast_actors::protocol::{HeartbeatConfig, MemoryStore, ToClient, ToServer};
 use tablecast_actors::{ClientConfig, ServerConfig};
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
 use tokio::time::Instant;
 
-use crate::by_hand::{by_hand, read, welcome};
-use crate::connection::{serve, subscribe};
+use crate::by_hand::read;
+use crate::connection::{follower, serve, subscribe};
 
 /// Answers every Ping at once, and does not say anything else.
 async fn pings<M: Message + PartialEq>(
@@ -39,11 +37,8 @@ async fn a_server_asks_again_as_long_behind_every_answer() {
 #[actix_rt::test]
 async fn so_does_a_follower() {
     tokio::time::pause();
-    let (access, mut connected) = by_hand();
-    let replica = Replica::open(MemoryStore::new()).unwrap();
-    let client = Client::new(replica, access, ClientConfig::default()).start();
-    client.send(Ready).await.unwrap();
-    let mut stream = welcome(&mut connected).await;
+    let config = ClientConfig::default();
+    let (_client, _connected, mut stream) = follower(MemoryStore::new(), config).await;
     let asked = read(&mut stream).await;
     assert!(matches!(asked, ToServer::SyncReq { .. }), "{asked:?}");
     pings(stream, ToServer::Ping {}, ToClient::Pong {}).await;

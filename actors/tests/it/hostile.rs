@@ -13,6 +13,7 @@ use tablecast_actors::protocol::{
 use tokio::io::AsyncWriteExt;
 
 use crate::by_hand::{by_hand, read, welcome, write};
+use crate::connection::follower;
 use crate::filled;
 
 const ROUNDS: u32 = 20;
@@ -108,11 +109,8 @@ async fn a_table_is_looked_through_once_at_a_time_whatever_a_server_says() {
 
 #[actix_rt::test]
 async fn a_frame_that_is_too_long_is_told() {
-    let (access, mut connected) = by_hand();
-    let replica = Replica::open(MemoryStore::new()).unwrap();
-    let client = Client::new(replica, access, ClientConfig::default()).start();
-    client.send(Ready).await.unwrap();
-    let mut stream = welcome(&mut connected).await;
+    let config = ClientConfig::default();
+    let (_client, _connected, mut stream) = follower(MemoryStore::new(), config).await;
     let asked = read(&mut stream).await;
     assert!(matches!(asked, ToServer::SyncReq { .. }), "{asked:?}");
     stream.write_u32(u32::MAX).await.unwrap();

@@ -1,28 +1,25 @@
 //! When a follower asks for another diff, and for which.
 
 use actix::prelude::*;
-use tablecast_actors::client::{Client, GetStatus, Ready};
+use tablecast_actors::client::{Client, GetStatus};
 use tablecast_actors::protocol::wire::{Changes, Raw};
-use tablecast_actors::protocol::{Chain, DiffId, Reason, Replica, Revision, ToClient, ToServer};
+use tablecast_actors::protocol::{Chain, DiffId, Reason, Revision, ToClient, ToServer};
 use tablecast_actors::{ClientConfig, Health, MassDelete, compute_here};
 use tokio::io::DuplexStream;
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 
-use crate::by_hand::{by_hand, read, welcome, write};
+use crate::by_hand::{read, welcome, write};
+use crate::connection::follower;
 use crate::filled;
 
 /// A follower of ten thousand keys, of which a repair may delete one; its server is done by hand.
 async fn connected() -> (Addr<Client>, mpsc::UnboundedReceiver<DuplexStream>, DuplexStream) {
     tokio::time::pause();
     compute_here();
-    let (access, mut connected) = by_hand();
     let mass_delete = Some(MassDelete { share: 0.0, keys: 1 });
     let config = ClientConfig { mass_delete, ..ClientConfig::default() };
-    let client = Client::new(Replica::open(filled(10_000)).unwrap(), access, config).start();
-    client.send(Ready).await.unwrap();
-    let stream = welcome(&mut connected).await;
-    (client, connected, stream)
+    follower(filled(10_000), config).await
 }
 
 /// What is asked for is begun.

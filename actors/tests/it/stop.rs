@@ -4,14 +4,14 @@ use std::cell::Cell;
 use std::time::Duration;
 
 use actix::prelude::*;
-use tablecast_actors::client::{self, Client};
-use tablecast_actors::protocol::{Change, MemoryStore, Reason, Replica, ToClient, ToServer};
+use tablecast_actors::client;
+use tablecast_actors::protocol::{Change, MemoryStore, Reason, ToClient, ToServer};
 use tablecast_actors::server::{Server, Stop, Write};
 use tablecast_actors::{ClientConfig, ServerConfig};
 use tokio::time::Instant;
 
-use crate::by_hand::{by_hand, read, welcome, write};
-use crate::connection::{serve, subscribe};
+use crate::by_hand::{read, write};
+use crate::connection::{follower, serve, subscribe};
 
 #[actix_rt::test]
 async fn who_does_not_read_in_time_is_told_where_the_history_ends() {
@@ -100,11 +100,8 @@ async fn who_takes_nothing_any_more_does_not_hold_up_the_end() {
 #[actix_rt::test]
 async fn a_follower_has_stopped_when_its_server_has_heard_so() {
     tokio::time::pause();
-    let (access, mut connected) = by_hand();
-    let replica = Replica::open(MemoryStore::new()).unwrap();
-    let client = Client::new(replica, access, ClientConfig::default()).start();
-    client.send(client::Ready).await.unwrap();
-    let mut stream = welcome(&mut connected).await;
+    let config = ClientConfig::default();
+    let (client, _connected, mut stream) = follower(MemoryStore::new(), config).await;
     let asked = read(&mut stream).await;
     assert!(matches!(asked, ToServer::SyncReq { .. }), "{asked:?}");
     // What is on its way meanwhile is nobody's any more.
@@ -131,11 +128,8 @@ async fn a_follower_has_stopped_when_its_server_has_heard_so() {
 #[actix_rt::test]
 async fn a_follower_stops_though_its_server_does_not_close() {
     tokio::time::pause();
-    let (access, mut connected) = by_hand();
-    let replica = Replica::open(MemoryStore::new()).unwrap();
-    let client = Client::new(replica, access, ClientConfig::default()).start();
-    client.send(client::Ready).await.unwrap();
-    let _stream = welcome(&mut connected).await;
+    let config = ClientConfig::default();
+    let (client, _connected, _stream) = follower(MemoryStore::new(), config).await;
     let start = Instant::now();
     client.send(client::Stop).await.unwrap();
     assert!(start.elapsed() < Duration::from_secs(2), "{:?}", start.elapsed());
