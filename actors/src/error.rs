@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 use tablecast_protocol::server::Close;
-use tablecast_protocol::{AbortReason, DecodeError};
+use tablecast_protocol::{AbortReason, DecodeError, Reason};
 
 /// The world failed: what ends a connection beside the peers' own words.
 #[derive(Debug, thiserror::Error)]
@@ -50,6 +50,21 @@ pub enum AccessError {
     /// One of the ends said so.
     #[error(transparent)]
     Close(#[from] Close),
+}
+
+impl AccessError {
+    /// In a word, for metrics.
+    pub(crate) fn name(&self) -> String {
+        match self {
+            Self::Io(_) => "Network".to_owned(),
+            Self::FrameTooLong { .. } | Self::Decode(_) => format!("{:?}", Reason::Protocol),
+            Self::CutOff { .. } | Self::Closed => "Gone".to_owned(),
+            Self::Timeout { .. } => "Stalled".to_owned(),
+            Self::Held { .. } => "Held".to_owned(),
+            Self::Close(Close::Peer { .. }) => "Farewell".to_owned(),
+            Self::Close(Close::Here { reason, .. }) => format!("{reason:?}"),
+        }
+    }
 }
 
 /// Why a diff could not even begin.

@@ -6,7 +6,8 @@
 use std::time::Duration;
 
 use metrics::{
-    Unit, counter, describe_counter, describe_gauge, describe_histogram, gauge, histogram,
+    SharedString, Unit, counter, describe_counter, describe_gauge, describe_histogram, gauge,
+    histogram,
 };
 use tablecast_protocol::Way;
 
@@ -21,6 +22,7 @@ pub fn describe() {
         ("tablecast_server_changes_total", "Changes applied to the canonical table."),
         ("tablecast_server_refused_total", "Writes refused, by a limit or by the store."),
         ("tablecast_server_connections_total", "Followers that were subscribed, by the way taken."),
+        ("tablecast_server_ended_total", "Connections that ended, by why."),
         ("tablecast_server_fell_behind_total", "Followers that fell off the log."),
         ("tablecast_server_diffs_total", "Diffs that ended, by how."),
         ("tablecast_server_verifications_total", "Roots compared with followers, by result."),
@@ -128,6 +130,10 @@ pub(crate) fn write_refused() {
 
 pub(crate) fn subscribed(way: Way) {
     counter!("tablecast_server_connections_total", "way" => format!("{way:?}")).increment(1);
+}
+
+pub(crate) fn connection_ended(why: impl Into<SharedString>) {
+    counter!("tablecast_server_ended_total", "why" => why.into()).increment(1);
 }
 
 pub(crate) fn follower_fell_behind() {

@@ -18,9 +18,13 @@ use super::middleman::{Middleman, Shared, Stranger};
 use super::{Await, Server};
 use crate::access::{Incoming, Listener};
 use crate::config::{NEVER, ServerConfig};
+use crate::metrics;
 
 /// How long the listener waits after an accept that failed: out of files, most of all.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+
+/// How long that is not said again.
+const SAID_AGAIN: Duration = Duration::from_secs(10);
 
 /// The shortest pause for strangers that ended. A timer is late by up to a millisecond: in pauses of one, a third fewer were let in than
 /// are to be, and newcomers waited for twice as long.
@@ -193,6 +197,7 @@ impl Endpoint {
         if !matches!(self.server.send(Await).await, Ok(Some(_))) {
             return;
         }
+        let mut said: Option<Instant> = None;
         loop {
             let pausing = self.pausing.lock().await;
             let pause = self.due.take(&self.shared.config);
@@ -215,7 +220,10 @@ impl Endpoint {
                     self.serve(incoming, Place { place: Some(place), due, took, until });
                 }
                 Err(error) => {
-                    warn!(address = listener.address(), %error, "cannot accept");
+                    if said.is_none_or(|at| at.elapsed() >= SAID_AGAIN) {
+                        said = Some(Instant::now());
+                        warn!(address = listener.address(), %error, "cannot accept");
+                    }
                     tokio::time::sleep(ACCEPT_PAUSE).await;
                 }
             }
@@ -248,8 +256,14 @@ impl Endpoint {
                     let stranger = Stranger { address, certificate };
                     Middleman::new(shared, FollowerId(number), stream, stranger, place).start();
                 }
-                Ok(Err(error)) => info!(address, %error, "no handshake"),
-                Err(_) => info!(address, "no handshake in time"),
+                Ok(Err(error)) => {
+                    info!(address, %error, "no handshake");
+                    metrics::connection_ended("Handshake");
+                }
+                Err(_) => {
+                    info!(address, "no handshake in time");
+                    metrics::connection_ended("Handshake");
+                }
             }
         });
     }

@@ -246,7 +246,7 @@ impl Middleman {
                     metrics::follower_fell_behind();
                 }
                 Event::Close(close) => {
-                    info!(follower = self.follower.0, %close, "connection ends");
+                    self.ends(&close.into());
                     self.close(ctx);
                 }
             }
@@ -352,8 +352,19 @@ impl Middleman {
     }
 
     fn fail(&self, error: &AccessError, ctx: &mut Context<Self>) {
-        info!(follower = self.follower.0, %error, "connection ends");
+        // What ends behind last words has been told.
+        if !self.closing {
+            self.ends(error);
+        }
         ctx.stop();
+    }
+
+    /// Tells whoever looks after the server.
+    fn ends(&self, why: &AccessError) {
+        let status = self.status.lock().unwrap_or_else(PoisonError::into_inner);
+        let FollowerStatus { name, address, .. } = &*status;
+        info!(follower = self.follower.0, address, name, %why, "connection ends");
+        metrics::connection_ended(why.name());
     }
 
     fn set_timer(&mut self, ctx: &mut Context<Self>) {
