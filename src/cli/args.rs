@@ -16,7 +16,8 @@ key_base64 and value_base64. Empty lines are skipped; of a key that comes twice 
 Keys are up to 64 KiB, values up to 8 MiB.
 
 SIGINT, SIGTERM and, on Linux, a closed terminal end the command in an orderly way, a second of the
-first two, half a second later or more, at once. The log goes to stderr; RUST_LOG=info says more.
+first two, half a second later or more, at once. While a file is loaded, the first one does so as the system
+does it, and nothing has been done then. The log goes to stderr; RUST_LOG=info says more.
 
 Exit codes: 0 done, or ended by a signal (--once and verify were not done then: 1); 1 it failed, the
 tables differ (--once, verify), a repair is held (--once), a dump was not written, there is no such key
@@ -288,6 +289,9 @@ pub(super) struct At {
     /// What was given to `serve` or `follow` as --http
     #[arg(long, value_name = "HOST:PORT", value_parser = host_port)]
     pub(super) http: String,
+    /// How long the answer may take, with all that is sent
+    #[arg(long, value_name = "SECONDS", default_value = "30", value_parser = seconds)]
+    pub(super) timeout: Duration,
 }
 
 /// Which key.

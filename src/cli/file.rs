@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::io::{self, BufReader, BufWriter, ErrorKind, Write};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
 
@@ -73,8 +74,11 @@ impl Iterator for Entries<'_> {
     }
 }
 
-/// What the name of a file begins with that is not complete.
-const PREFIX: &str = ".tablecast-";
+/// How much of a file's name is in that of one that is not complete: together they are a name still.
+const NAME_CHARS: usize = 48;
+
+/// How long a file that is not complete is left alone.
+const LEFT: Duration = Duration::from_secs(60);
 
 /// Where a file is to be written when all is done.
 #[derive(Debug)]
@@ -83,6 +87,8 @@ pub(super) struct Dump {
     /// The file itself, behind every link.
     target: PathBuf,
     directory: PathBuf,
+    /// What the names of files begin with that are not complete.
+    prefix: String,
 }
 
 impl Dump {
@@ -95,14 +101,35 @@ impl Dump {
             ensure!(target.file_name().is_some(), "not the name of a file");
             let directory = directory_of(&target).to_owned();
             ensure!(directory.is_dir(), "no directory {}", directory.display());
+            let name = target.file_name().unwrap_or_default().to_string_lossy();
+            let prefix =
+                format!(".tablecast-{}-", name.chars().take(NAME_CHARS).collect::<String>());
             // It is written beside the old one, and put in its place.
-            let beside = tempfile::Builder::new().prefix(PREFIX).tempfile_in(&directory);
+            let beside = tempfile::Builder::new().prefix(&prefix).tempfile_in(&directory);
             beside.with_context(|| format!("no file can be made in {}", directory.display()))?;
-            Ok((target, directory))
+            Ok((target, directory, prefix))
         };
-        let (target, directory) =
+        let (target, directory, prefix) =
             place().with_context(|| format!("cannot write {}", path.display()))?;
-        Ok(Self { path: path.to_owned(), target, directory })
+        let dump = Self { path: path.to_owned(), target, directory, prefix };
+        // That they are there is no reason not to go on.
+        dump.remove_left().ok();
+        Ok(dump)
+    }
+
+    /// Removes what those who were killed while they wrote this file left.
+    fn remove_left(&self) -> io::Result<()> {
+        for entry in self.directory.read_dir()? {
+            let entry = entry?;
+            let named = entry.file_name().to_string_lossy().starts_with(&self.prefix);
+            let age = || entry.metadata().and_then(|there| there.modified()).ok()?.elapsed().ok();
+            // Whoever writes one holds it.
+            let held = || File::open(entry.path()).map_or(true, |file| file.try_lock().is_err());
+            if named && age().is_some_and(|age| age >= LEFT) && !held() {
+                std::fs::remove_file(entry.path())?;
+            }
+        }
+        Ok(())
     }
 
     /// Whether this is the file that is replaced, or would be a new one.
@@ -135,7 +162,7 @@ impl Dump {
     ) -> anyhow::Result<()> {
         let old = self.target.metadata().ok();
         let mut builder = tempfile::Builder::new();
-        builder.prefix(PREFIX);
+        builder.prefix(&self.prefix);
         // Like any new file, if it is one: the umask takes from it. Until all is in it nobody else reads one that
         // is to be as private as the old one.
         #[cfg(unix)]
@@ -143,6 +170,8 @@ impl Dump {
             builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
         }
         let file = builder.tempfile_in(&self.directory)?;
+        // Where files cannot be held, they are left.
+        file.as_file().lock().ok();
         let mut out = BufWriter::with_capacity(BUFFER_BYTES, file);
         write(&mut out)?;
         out.flush()?;
@@ -217,6 +246,29 @@ mod tests {
         Dump::at(&path).unwrap().write(&*MemoryStore::new().reader()).unwrap();
         assert_eq!(std::fs::read(&path).unwrap(), b"");
         assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn what_was_left_by_one_that_was_killed_is_removed() {
+        let directory = tempfile::tempdir().unwrap();
+        let dump = Dump::at(&directory.path().join("table")).unwrap();
+        let file = |name: &str, age| {
+            let file = File::create(directory.path().join(name)).unwrap();
+            file.set_modified(std::time::SystemTime::now() - age).unwrap();
+            file
+        };
+        let _young = file(".tablecast-table-young", LEFT / 2);
+        let held = file(".tablecast-table-held", 2 * LEFT);
+        held.lock().unwrap();
+        let _other = file(".tablecast-table2-old", 2 * LEFT);
+        drop(file(".tablecast-table-old", 2 * LEFT));
+        drop(dump);
+        Dump::at(&directory.path().join("table")).unwrap();
+        let left = std::fs::read_dir(directory.path()).unwrap();
+        let mut left: Vec<_> = left.map(|entry| entry.unwrap().file_name()).collect();
+        left.sort();
+        let names = [".tablecast-table-held", ".tablecast-table-young", ".tablecast-table2-old"];
+        assert_eq!(left, names);
     }
 
     #[test]

@@ -63,8 +63,15 @@ pub(super) async fn run(args: &Follow, output: &Output) -> Result<ExitCode, Fail
     let mut events = client.events().await?;
     client.ready().await?;
     let bar = DiffBar::default();
-    let mut follower =
-        Follower { args, client: &client, output, bar, said: None, connected: false };
+    let mut follower = Follower {
+        args,
+        client: &client,
+        output,
+        bar,
+        said: None,
+        connected: false,
+        disconnected: None,
+    };
     let left = tokio::select! {
         left = follower.follow(&mut events) => left,
         () = signals.recv() => Ok(Left::Told),
@@ -160,6 +167,8 @@ struct Follower<'a> {
     said: Option<(DiffPhase, Instant)>,
     /// There was a connection, or there may have been.
     connected: bool,
+    /// Why there is none, as it was said last.
+    disconnected: Option<String>,
 }
 
 impl Follower<'_> {
@@ -185,6 +194,7 @@ impl Follower<'_> {
         let event = match event {
             Happened::Connected(at, way) => {
                 self.connected = true;
+                self.disconnected = None;
                 if self.args.once && way.resumes() {
                     // It comes by itself otherwise. It begins when what was missed is there, and its end is an
                     // event.
@@ -194,6 +204,11 @@ impl Follower<'_> {
             }
             Happened::Disconnected(reason) => {
                 self.diff_ended();
+                // Who is refused tries over and over.
+                if self.disconnected.as_ref() == Some(&reason) {
+                    return Ok(None);
+                }
+                self.disconnected = Some(reason.clone());
                 Event::Disconnected { reason }
             }
             Happened::Change { change, revision, repair } if self.args.print => {

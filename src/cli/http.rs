@@ -221,7 +221,8 @@ fn routes(config: &mut web::ServiceConfig) {
         .route("/followers", read().to(followers))
         .route("/keys/{key:.*}", read().to(get))
         .route("/keys/{key:.*}", web::put().to(put))
-        .route("/keys/{key:.*}", web::delete().to(delete));
+        .route("/keys/{key:.*}", web::delete().to(delete))
+        .route("/keys/{key:.*}", web::route().to(no_such_method));
 }
 
 /// `GET`, and `HEAD`, with which many look whether something is well.
@@ -289,6 +290,11 @@ fn json(what: &impl Serialize) -> HttpResponse {
 async fn unknown(request: HttpRequest) -> Result<&'static str, Refusal> {
     let text = format!("no {} {}", request.method(), request.uri().path());
     Err(Refusal::new(StatusCode::NOT_FOUND, text))
+}
+
+async fn no_such_method() -> HttpResponse {
+    let allowed = (header::ALLOW, "GET, HEAD, PUT, DELETE");
+    HttpResponse::MethodNotAllowed().insert_header(allowed).body("GET, HEAD, PUT or DELETE")
 }
 
 async fn exposition(recorder: Data<PrometheusHandle>) -> HttpResponse {
@@ -375,8 +381,21 @@ fn position(written: Written) -> HttpResponse {
     json(&written.position())
 }
 
+/// What would make a write depend on what is there. Written all the same, it would be lost unseen.
+const CONDITIONS: [header::HeaderName; 5] = [
+    header::IF_MATCH,
+    header::IF_NONE_MATCH,
+    header::IF_MODIFIED_SINCE,
+    header::IF_UNMODIFIED_SINCE,
+    header::CONTENT_RANGE,
+];
+
 /// The server, if whoever asks may write.
 fn written_by<'a>(request: &HttpRequest, table: &'a Table) -> Result<&'a Server, Refusal> {
+    if let Some(name) = CONDITIONS.iter().find(|name| request.headers().contains_key(*name)) {
+        let text = format!("a write has no conditions, and is whole: {name}");
+        return Err(Refusal::new(StatusCode::NOT_IMPLEMENTED, text));
+    }
     match table {
         Table::Follower(_) => {
             let text = "a follower's table is written at its server";

@@ -2,7 +2,6 @@
 
 use std::fmt::Write as _;
 use std::io::{self, ErrorKind, Read as _, Write as _};
-use std::time::Duration;
 
 use anyhow::{Context as _, anyhow, ensure};
 use base64::Engine as _;
@@ -19,9 +18,6 @@ use crate::{
     Change, ClientStatus, DiffOutcome, DiffReport, FollowerStatus, Health, Key, Limits, Position,
     ServedDiff, ServerStatus, Verified,
 };
-
-/// How long an answer may take.
-const TIMEOUT: Duration = Duration::from_secs(60);
 
 /// More than any answer has: 10,000 followers with the longest names, and the largest value.
 const ANSWER_BYTES: u64 = 64 << 20;
@@ -67,8 +63,8 @@ pub(super) fn put(args: &Put) -> Result<(), Failure> {
     limits.check(&change).map_err(|error| Failure::Input(error.into()))?;
     let url = args.at.url(&path(change.key())?);
     let value = change.value().cloned().unwrap_or_default();
-    let answer = agent().put(url).content_type("application/octet-stream").send(&value[..]);
-    print_position("written", &args.at.body(answer)?, args.json)
+    let answer = args.at.agent().put(url).content_type("application/octet-stream").send(&value[..]);
+    print_position("written", &args.at.written(answer)?, args.json)
 }
 
 pub(super) fn get(args: &Get) -> Result<(), Failure> {
@@ -78,8 +74,8 @@ pub(super) fn get(args: &Get) -> Result<(), Failure> {
 
 pub(super) fn delete(args: &Delete) -> Result<(), Failure> {
     let key = args.key.key().map_err(Failure::Input)?;
-    let answer = agent().delete(args.at.url(&path(&key)?)).call();
-    print_position("deleted", &args.at.body(answer)?, args.json)
+    let answer = args.at.agent().delete(args.at.url(&path(&key)?)).call();
+    print_position("deleted", &args.at.written(answer)?, args.json)
 }
 
 fn value_of_stdin(limits: &Limits) -> Result<Vec<u8>, Failure> {
@@ -147,25 +143,32 @@ fn path(key: &[u8]) -> Result<String, Failure> {
     Ok(path)
 }
 
-/// Asks the address that it is told, and no other.
-fn agent() -> Agent {
-    let config = Agent::config_builder();
-    config
-        .http_status_as_error(false)
-        .max_redirects(0)
-        .proxy(None)
-        .timeout_global(Some(TIMEOUT))
-        .build()
-        .into()
-}
-
 impl At {
+    /// Asks the address that it is told, and no other.
+    fn agent(&self) -> Agent {
+        let config = Agent::config_builder();
+        config
+            .http_status_as_error(false)
+            .max_redirects(0)
+            .proxy(None)
+            .timeout_global(Some(self.timeout))
+            .build()
+            .into()
+    }
+
     fn url(&self, path: &str) -> String {
         format!("http://{}{path}", self.http)
     }
 
     fn ask(&self, path: &str) -> anyhow::Result<Vec<u8>> {
-        self.body(agent().get(self.url(path)).call())
+        self.body(self.agent().get(self.url(path)).call())
+    }
+
+    /// What was answered to a write.
+    fn written(&self, answer: Result<Response<Body>, ureq::Error>) -> anyhow::Result<Vec<u8>> {
+        let unknown = matches!(answer, Err(ureq::Error::Timeout(_)));
+        let body = self.body(answer);
+        if unknown { body.context("it may be written all the same") } else { body }
     }
 
     /// What was answered, if it is what was asked for.

@@ -39,6 +39,9 @@ pub(super) fn load(
     root_of: impl FnOnce() -> anyhow::Result<(Hash, usize)>,
 ) -> anyhow::Result<Option<Position>> {
     let path = beside(file);
+    // One of another kind may never end.
+    let other = path.metadata().is_ok_and(|there| !there.is_file());
+    ensure!(!other, "cannot read {}: not a file", path.display());
     let mut text = Vec::new();
     match File::open(&path).and_then(|from| from.take(FILE_BYTES).read_to_end(&mut text)) {
         Ok(_) => {}

@@ -7,6 +7,8 @@ use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
 use tokio::sync::mpsc;
+#[cfg(target_os = "linux")]
+use tracing::warn;
 
 use super::events::{Event, Output};
 use super::file::{self, Dump};
@@ -21,6 +23,10 @@ use crate::{Change, Error, Hash, Limits, Position, Server, ServerConfig};
 /// How many changes from stdin wait to be written. Then no more is read.
 const WAITING: usize = 16;
 
+/// How many files may be open beside followers' connections, where that is less than half of all.
+#[cfg(target_os = "linux")]
+const OTHER_FILES: u64 = 256;
+
 /// How long a writer waits for whoever reads what is wrong, the first time.
 const PATIENCE: Duration = Duration::from_secs(1);
 
@@ -29,9 +35,11 @@ type Line = Result<(u64, Change), String>;
 
 pub(super) async fn run(args: &Serve, output: &Output) -> Result<ExitCode, Failure> {
     credentials::check(args)?;
+    let (mut config, tls) = (config(args)?, credentials::tls(args)?);
     #[cfg(target_os = "linux")]
-    raise_open_files();
-    let (config, tls) = (config(args)?, credentials::tls(args)?);
+    if let Some(files) = raise_open_files() {
+        fit(&mut config, files);
+    }
     let dump = args.dump.as_deref().map(Dump::at).transpose()?;
     let store = file::load(args.load.as_deref(), args.dump.as_deref())?;
     let mut signals = Signals::new()?;
@@ -87,13 +95,27 @@ pub(super) async fn run(args: &Serve, output: &Output) -> Result<ExitCode, Failu
     Ok(ExitCode::SUCCESS)
 }
 
-/// As many open files as the system allows: often 1,024 are left at first, fewer than there may be connections. Where it does
-/// not, those that there are are all.
+/// As many open files as the system allows: often 1,024 are left at first, fewer than there may be connections. How many there
+/// are then, if there is a limit.
 #[cfg(target_os = "linux")]
-fn raise_open_files() {
+fn raise_open_files() -> Option<u64> {
     use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
     let limit = getrlimit(Resource::Nofile);
     setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit }).ok();
+    getrlimit(Resource::Nofile).current
+}
+
+/// Lets no more connections in than there are files for, beside those of HTTP, dumps and threads: whoever comes then hears that
+/// the server is full, and whoever asks how it is has an answer.
+#[cfg(target_os = "linux")]
+fn fit(config: &mut ServerConfig, files: u64) {
+    let room = usize::try_from(files - OTHER_FILES.min(files / 2)).unwrap_or(usize::MAX);
+    if config.followers.saturating_add(config.strangers) > room {
+        config.strangers = config.strangers.min(room / 8).max(1);
+        config.followers = config.followers.min(room.saturating_sub(config.strangers));
+        let ServerConfig { followers, strangers, .. } = config;
+        warn!(files, followers, strangers, "few open files are allowed, and so few connections");
+    }
 }
 
 fn config(args: &Serve) -> Result<ServerConfig, Failure> {

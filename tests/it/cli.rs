@@ -77,8 +77,13 @@ impl Program {
     }
 
     fn spawn(args: &[&str], variables: &[(&str, &str)]) -> (Self, ChildStdout) {
-        let mut child = Command::new(env!("CARGO_BIN_EXE_tablecast"))
-            .args(args)
+        let mut command = Command::new(env!("CARGO_BIN_EXE_tablecast"));
+        command.args(args);
+        Self::spawn_command(command, variables)
+    }
+
+    fn spawn_command(mut command: Command, variables: &[(&str, &str)]) -> (Self, ChildStdout) {
+        let mut child = command
             .env_remove("RUST_LOG")
             .envs(variables.iter().copied())
             .stdin(Stdio::piped())

@@ -3,6 +3,9 @@
 use std::net::TcpStream;
 use std::time::Instant;
 
+use tablecast::Limits;
+use tablecast_actors::protocol::{Reason, ToClient, ToServer, wire};
+
 use super::*;
 
 /// An answer.
@@ -47,6 +50,13 @@ fn get(address: &str, path: &str) -> Answer {
     send(address, &format!("GET {path}"), b"\r\n")
 }
 
+/// What a metric is, if it is told yet.
+pub(super) fn metric(address: &str, name: &str) -> Option<f64> {
+    let metrics = get(address, "/metrics");
+    let value = metrics.text().lines().find_map(|line| line.strip_prefix(name));
+    value.map(|value| value.parse().unwrap())
+}
+
 fn put(address: &str, path: &str, value: &[u8]) -> Answer {
     let length = format!("Content-Length: {}\r\n\r\n", value.len());
     send(address, &format!("PUT {path}"), &[length.as_bytes(), value].concat())
@@ -61,7 +71,7 @@ fn serve_http() -> (Program, String, String) {
     serve_http_with(&[])
 }
 
-fn serve_http_with(options: &[&str]) -> (Program, String, String) {
+pub(super) fn serve_http_with(options: &[&str]) -> (Program, String, String) {
     let args = ["serve", "--listen", "127.0.0.1:0", "--http", "127.0.0.1:0", "--json"];
     let program = Program::start_with(&[&args, options].concat(), &[]);
     let ready = program.expect("ready");
@@ -184,6 +194,12 @@ fn what_is_wrong_is_refused_and_says_why() {
         (get(&theirs, "/followers"), 404, "a follower has no followers"),
         (put(&theirs, "/keys/k", b"v"), 405, "a follower's table is written at its server"),
         (delete(&theirs, "/keys/k"), 405, "a follower's table is written at its server"),
+        (send(&http, "POST /keys/k", b"\r\n"), 405, "GET, HEAD, PUT or DELETE"),
+        (
+            send(&http, "DELETE /keys/k", b"If-Match: \"1\"\r\n\r\n"),
+            501,
+            "a write has no conditions",
+        ),
     ] {
         assert_eq!(answer.status, status, "{answer:?}");
         assert!(answer.text().starts_with(why), "{answer:?}");
@@ -241,6 +257,7 @@ fn health_status_and_metrics() {
     }
     put(&http, "/keys/k", b"v").json();
     follower.wait("change");
+    TcpStream::connect(&listen).unwrap().write_all(&[0xff; 100]).unwrap();
     let status = get(&http, "/status").json();
     assert_eq!((&status["keys"], &status["position"]["revision"]), (&json!(1), &json!(1)));
     let status = get(&theirs, "/status").json();
@@ -260,19 +277,15 @@ fn health_status_and_metrics() {
     for (address, metric) in [
         (&http, "tablecast_server_sent_bytes_total "),
         (&http, "tablecast_server_received_bytes_total "),
+        (&http, "tablecast_server_ended_total{why=\"Protocol\"} "),
         (&theirs, "tablecast_client_sent_bytes_total "),
         (&theirs, "tablecast_client_received_bytes_total "),
         // Roots are compared behind the write, too.
         (&theirs, "tablecast_client_verified_revision "),
     ] {
         let since = Instant::now();
-        loop {
-            let metrics = get(address, "/metrics");
-            let value = metrics.text().lines().find_map(|line| line.strip_prefix(metric));
-            if value.is_some_and(|value| value.parse::<f64>().unwrap() > 0.0) {
-                break;
-            }
-            assert!(since.elapsed() < LONG, "{metric}: {}", metrics.text());
+        while self::metric(address, metric).is_none_or(|value| value <= 0.0) {
+            assert!(since.elapsed() < LONG, "{metric}");
         }
     }
 
@@ -339,4 +352,56 @@ fn an_http_address_that_is_taken_is_exit_code_1() {
     assert_eq!((ended.code, ended.stdout), (Some(1), vec![]));
     let expected = format!("error: cannot answer HTTP at {address}: ");
     assert!(ended.stderr.starts_with(&expected), "{}", ended.stderr);
+}
+
+/// Who asks how it is has an answer, and who is one too many hears that.
+#[cfg(target_os = "linux")]
+#[test]
+fn where_few_files_may_be_open_there_are_few_followers() {
+    let mut command = Command::new("sh");
+    let limited = "ulimit -n 300; exec \"$0\" serve --listen 127.0.0.1:0 --http 127.0.0.1:0 --json";
+    command.args(["-c", limited, env!("CARGO_BIN_EXE_tablecast")]);
+    let (mut server, stdout) = Program::spawn_command(command, &[]);
+    server.stdout = lines(stdout);
+    let ready = server.expect("ready");
+    let [listen, http] = ["listen", "http"].map(|field| ready[field].as_str().unwrap());
+    let warned = server.stderr.recv_timeout(LONG).unwrap();
+    assert!(warned.contains("followers=132") && warned.contains("files=300"), "{warned}");
+    let hello = wire::encode(&ToServer::hello("", &Limits::default(), None));
+    let mut connected = Vec::new();
+    for _ in 0..200 {
+        let mut stream = TcpStream::connect(listen).unwrap();
+        stream.set_read_timeout(Some(LONG)).unwrap();
+        stream.write_all(&hello).unwrap();
+        let mut header = [0; 4];
+        stream.read_exact(&mut header).unwrap();
+        let mut payload = vec![0; u32::from_be_bytes(header) as usize];
+        stream.read_exact(&mut payload).unwrap();
+        match wire::decode(&payload, &Limits::default()).unwrap() {
+            ToClient::Welcome { .. } => connected.push(stream),
+            ToClient::Refuse { reason, .. } => {
+                assert_eq!(reason, Reason::Full);
+                break;
+            }
+            other => panic!("{other:?}"),
+        }
+    }
+    assert_eq!(connected.len(), 132);
+    assert_eq!(get(http, "/healthz").status, 200);
+    assert_eq!(get(http, "/status").json()["followers"], 132);
+}
+
+#[test]
+fn who_does_not_answer_is_not_waited_for_for_ever() {
+    let (_silent, address) = silent();
+    let at = ["--http", &address, "--timeout", "0.1"];
+    let (code, _, stderr) = ask(["get", "k", at[0], at[1], at[2], at[3]], b"");
+    assert!(code == Some(1) && stderr.contains("timeout"), "{stderr}");
+    assert!(!stderr.contains("written"), "{stderr}");
+    for args in [&["put", "k", "v"][..], &["delete", "k"]] {
+        let args = [args, &at].concat();
+        let ended = Command::new(env!("CARGO_BIN_EXE_tablecast")).args(args).output().unwrap();
+        let stderr = String::from_utf8(ended.stderr).unwrap();
+        assert!(stderr.contains("it may be written all the same"), "{stderr}");
+    }
 }

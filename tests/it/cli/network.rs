@@ -257,3 +257,21 @@ fn a_closed_terminal_is_not_the_first_of_two() {
     assert_eq!(server.end().code, Some(0));
     assert!(files.has("dump"));
 }
+
+/// It tries over and over, and says why once.
+#[test]
+fn who_is_refused_says_so_once() {
+    let files = Files::new();
+    let [right, wrong] = ["secret", "other"].map(|token| files.write(token, token));
+    let (_server, listen, http) = http::serve_http_with(&["--token-file", &right]);
+    let mut follower =
+        Program::start(["follow", "--connect", &listen, "--token-file", &wrong, "--json"]);
+    assert_eq!(follower.expect("disconnected")["reason"], "peer left: refused: wrong token");
+    let refused = || http::metric(&http, "tablecast_server_refused_followers_total ");
+    let since = Instant::now();
+    while refused().is_none_or(|times| times < 4.0) {
+        assert!(since.elapsed() < LONG);
+    }
+    follower.signal("TERM");
+    assert_eq!(follower.end().stdout, [""; 0]);
+}

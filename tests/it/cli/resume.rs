@@ -133,3 +133,18 @@ fn a_server_goes_on_where_its_dump_stands() {
     assert!(warning.starts_with("a new history begins: "), "{warning}");
     assert_eq!(server.expect("ready")["revision"], 0);
 }
+
+#[cfg(unix)]
+#[test]
+fn a_position_that_is_no_file_is_not_waited_for() {
+    let files = Files::new();
+    let (_server, listen) = serve_file(&files.table("t", 0..10, ""));
+    let old = files.table("f", 0..10, "");
+    assert!(Command::new("mkfifo").arg(files.path("f.position")).status().unwrap().success());
+    let follow = ["follow", "--connect", &listen, "--once", "--json"];
+    let [a, b, c, d, e] = ["--load", &old, "--dump", &old, "--resume"];
+    let mut follower = Program::start_with(&[&follow[..], &[a, b, c, d, e]].concat(), &[]);
+    let warning = follower.expect("warning");
+    assert!(warning["message"].as_str().unwrap().contains("not a file"), "{warning}");
+    follower.end();
+}
