@@ -40,6 +40,7 @@ use tokio::time::Instant;
 use tracing::{debug, info, warn};
 
 use crate::access::Access;
+use crate::access::codec::LAST_WORDS;
 use crate::budget::{Budget, Later, computed, later};
 use crate::compute::compute;
 use crate::config::{ClientConfig, MAX_EVENTS, NEVER};
@@ -588,9 +589,9 @@ impl Client {
                     self.fell_behind += 1;
                     metrics::fell_behind();
                     self.emit(|| Event::FellBehind(revision));
-                    // One that waits for its place is of the table behind this. One whose roots are compared is not, and asks for
-                    // another one when it is done.
-                    if self.running.is_none() {
+                    // One that waits for its place is of the table behind this; one whose roots are compared is not.
+                    let waits = self.session(connection).is_some_and(|at| at.state() == "PreDiff");
+                    if !waits {
                         self.want_diff(false);
                     }
                 }
@@ -889,9 +890,6 @@ impl Client {
             self.retry = None;
             // What it was for while this one ran is healed.
             self.due &= !self.next.is_empty();
-        } else if self.trouble.is_none() {
-            // It fell behind meanwhile.
-            self.want_diff(false);
         } else if report.equal() {
             self.retry_diff(false, ctx);
         } else {
@@ -1189,6 +1187,7 @@ impl Handler<Apply> for Client {
         self.replica.apply(&change)?;
         self.changed = true;
         self.position = None;
+        self.listens();
         Ok(())
     }
 }
@@ -1304,8 +1303,8 @@ impl Handler<Stop> for Client {
         self.waiters.clear();
         ctx.stop();
         Box::pin(async move {
-            // Nothing is said, it is dropped.
-            ended.await.ok();
+            // Nothing is said, it is dropped. Its thread may be busy.
+            tokio::time::timeout(LAST_WORDS, ended).await.ok();
             position
         })
     }

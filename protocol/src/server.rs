@@ -229,6 +229,8 @@ pub struct Session {
     /// its diff, as it may be on its way.
     answer_until: Option<Duration>,
     heartbeat: Heartbeat,
+    /// When the last whole message came, or the peer was told that this end hears parts of one.
+    whole: Duration,
     /// Counts what happens in diffs; how far it was, and when, when the clock was last looked at.
     progress: u64,
     progressed: (u64, Duration),
@@ -577,6 +579,7 @@ impl Session {
             forgotten: None,
             answer_until: None,
             heartbeat: Heartbeat::new(config.heartbeat, now),
+            whole: now,
             progress: 0,
             progressed: (0, now),
             events: VecDeque::new(),
@@ -596,16 +599,40 @@ impl Session {
     /// A message arrived.
     pub fn handle_message(&mut self, message: ToServer, now: Duration) {
         self.heartbeat.heard(now);
+        self.whole = now;
         if let Err(error) = self.accept(message) {
             self.close(Reason::Protocol, error.to_string());
         }
     }
 
-    /// Bytes arrived that are not a whole message yet, or the peer took some for which there had been no room: it is alive, and
-    /// what it is asked or sent is on its way.
+    /// Bytes arrived that are not a whole message yet: the peer is alive. If that takes long, it is told that this end is: a `Ping` of it
+    /// would stand behind them.
     pub fn handle_part(&mut self, now: Duration) {
         self.heartbeat.heard(now);
+        // All else that comes is short.
+        if matches!(&self.state, State::Diff(at) if matches!(at.phase, Phase::Walk { asked: true }))
+        {
+            self.progress += 1;
+        }
+        let subscribed =
+            !matches!(self.state, State::Hello | State::Subscribing(_) | State::Closed);
+        if subscribed && now.saturating_sub(self.whole) >= self.config.heartbeat.ping_after {
+            self.whole = now;
+            self.say_once(ToClient::Pong {});
+        }
+    }
+
+    /// The peer took some bytes for which there had been no room: it is alive, and what it is sent is on its way.
+    pub fn handle_room(&mut self, now: Duration) {
+        self.heartbeat.heard(now);
         self.progress += 1;
+    }
+
+    /// Unless that is to be said already.
+    fn say_once(&mut self, message: ToClient) {
+        if !self.control.contains(&message) {
+            self.control.push_back(message);
+        }
     }
 
     /// A frame arrived that is no message.
@@ -625,9 +652,7 @@ impl Session {
             (State::Hello, _) => return Err(unexpected),
             (state, ToServer::Ping {}) => {
                 // One answer is enough for however many were asked.
-                if !self.control.contains(&ToClient::Pong {}) {
-                    self.control.push_back(ToClient::Pong {});
-                }
+                self.say_once(ToClient::Pong {});
                 state
             }
             (state, ToServer::Pong {}) => state,
@@ -1043,7 +1068,7 @@ impl Session {
             Beat::Quiet => {}
             // Before the handshake there is nobody to ask: silence is counted all the same.
             Beat::Ping if matches!(self.state, State::Hello) => {}
-            Beat::Ping => self.control.push_back(ToClient::Ping {}),
+            Beat::Ping => self.say_once(ToClient::Ping {}),
             Beat::Dead => self.close(Reason::Silent, String::new()),
         }
     }
@@ -1459,8 +1484,8 @@ impl Diff {
         match &self.phase {
             Phase::Queued | Phase::Snapshot => false,
             Phase::Walk { asked } => *asked,
-            Phase::Repair(repair) => !(repair.collecting && repair.waits),
-            Phase::Mark { .. } => true,
+            Phase::Repair(repair) => repair.ready.is_some(),
+            Phase::Mark { mark, .. } => mark.is_some(),
         }
     }
 

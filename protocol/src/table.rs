@@ -31,7 +31,7 @@ pub enum WriteError {
     /// The store refused.
     #[error(transparent)]
     Store(#[from] StoreError),
-    /// The history would go beyond revision 2^64 - 1: it was continued from a position that nobody can have come to.
+    /// The history would go beyond revision 2^64 - 2: it was continued from a position that nobody can have come to.
     #[error("{changes} changes are more than come behind revision {head}")]
     LastRevision {
         /// Where it stands.
@@ -146,7 +146,8 @@ impl Table {
     /// If a change or the batch is too large, the store refuses, or the history has no more revisions. Nothing has changed then.
     pub fn write(&mut self, changes: &[Change]) -> Result<(), WriteError> {
         let bytes = self.limits.check_batch(changes)?;
-        if self.head.0.checked_add(changes.len() as u64).is_none() {
+        // Nothing could come behind the last number of all, so that it is none.
+        if self.head.0.saturating_add(changes.len() as u64) == u64::MAX {
             return Err(WriteError::LastRevision { head: self.head, changes: changes.len() });
         }
         self.store.apply(changes)?;

@@ -83,6 +83,8 @@ struct Link {
     waiting: usize,
     /// Where the last Pong ends in all that is written.
     pong: u64,
+    /// When the last whole frame came, or the server was told that this end hears parts of one.
+    whole: Instant,
     /// Both directions, when the last `SyncReq` was queued.
     base: (u64, u64),
     /// Since when nothing is read, because the table does not keep up.
@@ -97,6 +99,22 @@ impl Link {
     /// A server that asks and does not read is not read from either.
     fn is_unread(&self, config: &ClientConfig) -> bool {
         self.framed.queued() > config.inbox_bytes.saturating_add(config.limits.answer_bytes)
+    }
+
+    /// Says that this end is alive. One is enough for however many were asked.
+    fn pong(&mut self) {
+        if self.framed.sent >= self.pong {
+            self.framed.queue(wire::encode(&ToServer::Pong {}));
+            self.pong = self.framed.end();
+        }
+    }
+
+    /// A frame that is long on its way stands in front of a `Ping`.
+    fn hears_part(&mut self, ping_after: Duration) {
+        if self.welcomed.is_some() && self.whole.elapsed() >= ping_after {
+            self.whole = Instant::now();
+            self.pong();
+        }
     }
 
     /// Tells the Client that the server is alive: not, if it has something of this connection to work off,
@@ -164,6 +182,7 @@ impl Middleman {
             welcomed: None,
             waiting: 0,
             pong: 0,
+            whole: Instant::now(),
             base: (0, 0),
             paused: None,
             malformed: false,
@@ -237,9 +256,11 @@ impl Middleman {
             let Poll::Ready(frame) = link.framed.poll_frame(cx) else {
                 if link.framed.received > before {
                     link.heard(Heard { connection, part: true }, &self.client);
+                    link.hears_part(self.config.heartbeat.ping_after);
                 }
                 return Ok(false);
             };
+            link.whole = Instant::now();
             let decoded = match frame {
                 Err(error @ AccessError::FrameTooLong { .. }) => Err(error),
                 frame => {
@@ -251,11 +272,7 @@ impl Middleman {
             match decoded {
                 // Answered here: the Client may be busy applying, and is alive all the same.
                 Ok((ToClient::Ping {}, _)) => {
-                    // One is enough for however many were asked.
-                    if link.framed.sent >= link.pong {
-                        link.framed.queue(wire::encode(&ToServer::Pong {}));
-                        link.pong = link.framed.end();
-                    }
+                    link.pong();
                     link.heard(Heard { connection, part: false }, &self.client);
                 }
                 Ok((ToClient::Pong {}, _)) => {

@@ -46,8 +46,8 @@ use crate::status::{FollowerStatus, ServedDiff, Verified};
 /// arbiter have their turn.
 const TURNS: usize = 32;
 
-/// How often in its turn a diff says that it goes on: four times as often as one gives way that does not.
-const STEPS: u32 = 32;
+/// How often in its turn a diff says that it goes on: eight times as often as one gives way that does not.
+const STEPS: u32 = 64;
 
 /// What the Server, the Differ or the clock says.
 #[derive(Debug, Message)]
@@ -485,9 +485,10 @@ impl Middleman {
         if self.framed.end() > end {
             self.held.queued(end, behind);
         }
-        // One frame may be as long as it takes.
-        let ServerConfig { log_bytes, session, .. } = &*self.shared.config;
-        let limit = *log_bytes.max(&session.limits.frame_bytes);
+        // One follower may be sent a frame, however long, behind what is handed to its socket at once.
+        let ServerConfig { log_bytes, flush_bytes, session, .. } = &*self.shared.config;
+        let frame = session.limits.frame_bytes.saturating_add(wire::HEADER_BYTES);
+        let limit = *log_bytes.max(&frame.saturating_add(*flush_bytes));
         match self.held.count(self.framed.sent, self.framed.queued(), tail) {
             Some(bytes) if bytes > limit => return Err(AccessError::Held { bytes, limit }),
             _ => {}
@@ -519,7 +520,7 @@ impl Middleman {
             }
         }
         if self.framed.has_taken() {
-            self.session.handle_part(self.now());
+            self.session.handle_room(self.now());
         }
         self.step();
         if self.closing && self.framed.is_flushed() {

@@ -105,6 +105,17 @@ async fn a_large_value_comes_live_and_by_a_repair() {
     assert_eq!(ready(&client).await.keys, 2);
 }
 
+/// What the line holds is on its way for longer than a silent peer is waited for.
+#[actix_rt::test]
+async fn what_is_on_its_way_is_waited_for_when_all_is_written() {
+    pause();
+    let large = Value::from(vec![0; 1 << 20]);
+    let store = [(Key::from("large"), large)].into_iter().collect();
+    let (_endpoint, server) = serve_filled(store, ServerConfig::default()).await;
+    let client = follow(SlowLine { server, up: FAST, down: 8 << 10 }, MemoryStore::new()).await;
+    assert_eq!(ready(&client).await.keys, 1);
+}
+
 /// One answer of the walk takes half a minute, the others nothing.
 #[actix_rt::test]
 async fn a_large_answer_is_waited_for_though_others_wait_for_the_place() {

@@ -118,8 +118,9 @@ async fn a_follower_has_stopped_when_its_server_has_heard_so() {
         drop(stream);
     };
     let stopping = async {
+        let start = Instant::now();
         assert_eq!(client.send(client::Stop).await.unwrap(), None);
-        assert!(heard.get());
+        assert!(heard.get() && start.elapsed() < Duration::from_millis(900));
     };
     tokio::join!(stopping, hearing);
 }

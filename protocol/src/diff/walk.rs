@@ -231,6 +231,9 @@ impl Walk {
             let mut found = std::mem::take(&mut self.found);
             let Found { first, rest, .. } = &mut found;
             rest.shrink_to_fit();
+            // Several nodes below its end may have one.
+            first.deletes.sort_unstable();
+            first.deletes.dedup();
             if first.writes.is_empty() {
                 first.writes = collect(&tree, rest, self.part_keys);
             } else {
@@ -360,8 +363,7 @@ impl Comparing<'_> {
                     found.write(entry, *most);
                 }
             }
-            // Nodes below its end have it one after the other.
-            if !known && found.first.deletes.last() != Some(prefix) {
+            if !known {
                 found.first.deletes.push(*prefix);
             }
         }
@@ -438,15 +440,17 @@ mod tests {
     use crate::diff::answer;
     use crate::tree::KeyHash;
 
-    /// Keys whose hashes share their first 6 bytes, as somebody may choose them.
+    /// Keys of whose hashes forty share their first 6 bytes each, as somebody may choose them. One crowd has a leaf
+    /// where the other one has nodes.
     fn crowded() -> Tree {
         let mut tree = Tree::new();
-        for n in 0..40_u8 {
-            let mut hash = [7; KeyHash::BYTES];
-            hash[6..].fill(n.wrapping_mul(6));
-            let entry =
-                Entry::from_hashes(&[n], KeyHash::from_bytes(hash), Hash::of_entry(&[n], b""));
-            tree.insert_entry(entry);
+        for (crowd, step) in [(7, 6), (8, 1)] {
+            for n in 0..40_u8 {
+                let mut hash = [crowd; KeyHash::BYTES];
+                hash[6..].fill(n.wrapping_mul(step));
+                let (key, hash) = ([crowd, n], KeyHash::from_bytes(hash));
+                tree.insert_entry(Entry::from_hashes(&key, hash, Hash::of_entry(&key, b"")));
+            }
         }
         tree
     }
@@ -457,10 +461,10 @@ mod tests {
         let follower = crowded();
         for others in [0_u32, 1000] {
             let server = Tree::build((0..others).map(|n| (n.to_be_bytes(), "")));
-            for (full, deletes) in [(false, 1), (true, 40)] {
+            for (full, deletes) in [(false, 2), (true, 80)] {
                 let root = Some(follower.root());
                 let (mut walk, mut step) =
-                    Walk::new(server.clone(), root, 40, full, 1 << 20, 10_000);
+                    Walk::new(server.clone(), root, 80, full, 1 << 20, 10_000);
                 while let Step::Ask(query) = step {
                     step =
                         walk.handle_answer(&answer(&follower, &query, 1 << 20).unwrap()).unwrap();

@@ -15,17 +15,17 @@ fn continued(revision: u64) -> (MemoryStore, Table) {
 
 #[test]
 fn nothing_is_written_behind_the_last_revision() {
-    let (store, mut table) = continued(u64::MAX - 1);
+    let (store, mut table) = continued(u64::MAX - 2);
     let two = [Change::write("a", "1"), Change::write("b", "1")];
     let error = table.write(&two).unwrap_err();
     assert!(matches!(error, WriteError::LastRevision { .. }));
     assert_eq!(
         error.to_string(),
-        "2 changes are more than come behind revision 18446744073709551614"
+        "2 changes are more than come behind revision 18446744073709551613"
     );
     assert_eq!((store.len().unwrap(), table.tree().len()), (0, 0));
     table.write(&two[..1]).unwrap();
-    assert_eq!(table.position().unwrap().revision, Revision(u64::MAX));
+    assert_eq!(table.position().unwrap().revision, Revision(u64::MAX - 1));
     table.write(&two[1..]).unwrap_err();
     assert_eq!(Reader::get(&store, b"b").unwrap(), None);
 }

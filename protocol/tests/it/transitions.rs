@@ -2473,6 +2473,19 @@ fn twenty_keys() -> Table {
     table
 }
 
+/// Two repairs are not acknowledged, and the third is read.
+fn unacknowledged() -> ServerEnd {
+    let mut table = twenty_keys();
+    let mut end = found_all(&table);
+    for _ in 0..3 {
+        let [Event::Read { found, from, max_bytes, .. }] = &end.events[..] else { panic!() };
+        let values = table.read(found, *from, *max_bytes);
+        end.act(|session| session.handle_values(DIFF, values));
+    }
+    assert_eq!(end.events, []);
+    end
+}
+
 #[test]
 fn a_diff_goes_on_for_as_long_as_something_happens() {
     let mut table = twenty_keys();
@@ -2846,8 +2859,8 @@ fn the_server_asks_then_gives_up() {
 fn a_diff_in_which_nothing_happens_gives_its_place_back() {
     let stall = SessionConfig::default().diff_stall;
     let step = Duration::from_secs(4);
-    for stage in ["asked", "repaired"] {
-        let mut end = server_stage(stage);
+    let stages = [("asked", server_stage("asked")), ("unacknowledged", unacknowledged())];
+    for (stage, mut end) in stages {
         let mut now = step;
         // The follower is there, and answers everything but what the diff waits for.
         while now < stall {
@@ -2869,7 +2882,7 @@ fn a_diff_in_which_nothing_happens_gives_its_place_back() {
         assert_eq!(end.session.state(), "Relay", "{stage}");
     }
     // One that waits for a place has none to give back, and what this end is not done with is not the follower's fault.
-    for stage in ["queued", "snapshot", "walk", "answered"] {
+    for stage in ["queued", "snapshot", "walk", "answered", "reading", "repaired"] {
         let mut end = server_stage(stage);
         for now in [2 * stall, 4 * stall] {
             end.act(|session| {
@@ -2885,20 +2898,55 @@ fn a_diff_in_which_nothing_happens_gives_its_place_back() {
 #[test]
 fn parts_of_what_a_diff_waits_for_keep_its_place() {
     let stall = SessionConfig::default().diff_stall;
-    for stage in ["asked", "repaired"] {
-        let mut end = server_stage(stage);
+    let hears: fn(&mut server::Session, Duration) = server::Session::handle_part;
+    let takes: fn(&mut server::Session, Duration) = server::Session::handle_room;
+    for (mut end, happens, goes_on) in [
+        (server_stage("asked"), hears, true),
+        (unacknowledged(), takes, true),
+        // An acknowledgement is short.
+        (unacknowledged(), hears, false),
+    ] {
         let progress = end.session.progress();
         for now in (1..10).map(|number| number * stall / 2) {
-            end.session.handle_part(now);
+            happens(&mut end.session, now);
             end.act(|session| session.handle_timeout(now));
-            assert_eq!(end.session.state(), "Diff", "{stage} after {now:?}");
+            let asks = |sent: &ToClient| matches!(sent, ToClient::Ping {});
+            assert!(!end.sent.iter().any(asks), "it is known to be there");
         }
-        assert_eq!(end.sent, [], "{stage}: nobody is asked whether it is there");
-        assert!(end.session.progress() > progress, "{stage}");
+        assert_eq!(end.session.state(), if goes_on { "Diff" } else { "Relay" });
+        assert_eq!(end.session.progress() > progress, goes_on);
     }
     for stage in ["queued", "relay"] {
         assert_eq!(server_stage(stage).session.progress(), None, "{stage}");
     }
+}
+
+/// A `Ping` of it stands behind what it sends.
+#[test]
+fn who_sends_a_long_frame_is_told_that_it_is_heard() {
+    let HeartbeatConfig { ping_after, .. } = HeartbeatConfig::default();
+    let parts = |stage: &str| {
+        let mut end = server_stage(stage);
+        let mut pongs = 0;
+        for now in (1..=12).map(|quarter| quarter * ping_after / 4) {
+            let sent = &end.act(|session| session.handle_part(now)).sent;
+            pongs += sent.iter().filter(|sent| **sent == ToClient::Pong {}).count();
+        }
+        pongs
+    };
+    assert_eq!(["asked", "relay", "hello", "subscribing"].map(parts), [3, 3, 0, 0]);
+}
+
+#[test]
+fn pings_that_were_not_sent_yet_are_one() {
+    let HeartbeatConfig { ping_after, .. } = HeartbeatConfig::default();
+    let mut end = server_stage("relay");
+    for now in (1..100).map(|number| number * 2 * ping_after) {
+        end.session.handle_timeout(now - ping_after);
+        end.session.handle_room(now);
+    }
+    assert!(end.session.wants_input());
+    assert_eq!(end.act(|_| {}).sent, [ToClient::Ping {}]);
 }
 
 #[test]

@@ -180,6 +180,7 @@ impl Server {
                 self.falls += 1;
                 self.session.handle_busy(self.fitting.diff);
             }
+            6 => self.session.handle_room(self.now),
             _ => self.session.handle_part(self.now),
         }
         Ok(())
