@@ -610,8 +610,7 @@ impl Session {
     pub fn handle_part(&mut self, now: Duration) {
         self.heartbeat.heard(now);
         // All else that comes is short.
-        if matches!(&self.state, State::Diff(at) if matches!(at.phase, Phase::Walk { asked: true }))
-        {
+        if self.waits_for_answer() {
             self.progress += 1;
         }
         let subscribed =
@@ -626,6 +625,11 @@ impl Session {
     pub fn handle_room(&mut self, now: Duration) {
         self.heartbeat.heard(now);
         self.progress += 1;
+    }
+
+    /// Whether a query is with the follower.
+    fn waits_for_answer(&self) -> bool {
+        matches!(&self.state, State::Diff(at) if matches!(at.phase, Phase::Walk { asked: true }))
     }
 
     /// Unless that is to be said already.
@@ -1075,10 +1079,10 @@ impl Session {
 
     /// Gives an answer that nobody waits for any more its time, and no more.
     fn watch_answer(&mut self, now: Duration) {
-        let asked = |at: &Diff| matches!(at.phase, Phase::Walk { asked: true });
-        let waits = matches!(&self.state, State::Diff(at) if asked(at));
         self.answer_until = match self.answer_until {
-            Some(Duration::MAX) if !waits => Some(now.saturating_add(self.config.diff_stall)),
+            Some(Duration::MAX) if !self.waits_for_answer() => {
+                Some(now.saturating_add(self.config.diff_stall))
+            }
             until => until.filter(|until| now < *until),
         };
     }

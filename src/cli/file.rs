@@ -98,10 +98,9 @@ impl Dump {
             let target = if path.exists() { path.canonicalize()? } else { path.to_owned() };
             ensure!(!target.exists() || target.is_file(), "not a file");
             ensure!(target.exists() || !target.is_symlink(), "a link to what is not there");
-            ensure!(target.file_name().is_some(), "not the name of a file");
+            let name = target.file_name().context("not the name of a file")?.to_string_lossy();
             let directory = directory_of(&target).to_owned();
             ensure!(directory.is_dir(), "no directory {}", directory.display());
-            let name = target.file_name().unwrap_or_default().to_string_lossy();
             let prefix =
                 format!(".tablecast-{}-", name.chars().take(NAME_CHARS).collect::<String>());
             // It is written beside the old one, and put in its place.

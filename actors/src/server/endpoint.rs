@@ -67,19 +67,17 @@ impl Due {
     fn take(&self, config: &ServerConfig) -> Duration {
         // More end at once when a network fails for a moment, and all of them are honest: for those above it is not paused.
         let strangers = u32::try_from(config.strangers).unwrap_or(u32::MAX);
-        let due =
-            [(&self.ended, strangers), (&self.handshakes, strangers.saturating_mul(HANDSHAKES))];
-        let due = due.map(|(counted, most)| (counted, counted.load(Ordering::Relaxed), most));
         let pauses = |count| config.stranger_pause.saturating_mul(count);
-        let pause = due.iter().fold(Duration::ZERO, |pause, &(_, count, most)| {
-            pause.saturating_add(pauses(count).min(pauses(most).max(LEAST_PAUSE)))
-        });
+        let bounded = |count, most| pauses(count).min(pauses(most).max(LEAST_PAUSE));
+        let [ended, handshakes] =
+            [&self.ended, &self.handshakes].map(|due| due.load(Ordering::Relaxed));
+        let pause = bounded(ended, strangers)
+            .saturating_add(bounded(handshakes, strangers.saturating_mul(HANDSHAKES)));
         if pause < LEAST_PAUSE {
             return Duration::ZERO;
         }
-        for (counted, count, _) in due {
-            counted.fetch_sub(count, Ordering::Relaxed);
-        }
+        self.ended.fetch_sub(ended, Ordering::Relaxed);
+        self.handshakes.fetch_sub(handshakes, Ordering::Relaxed);
         pause
     }
 }

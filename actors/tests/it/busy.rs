@@ -14,6 +14,7 @@ use tablecast_actors::protocol::{
 use tablecast_actors::server::{Arbiters, Endpoint, GetStatus, Ready, Server, Write};
 use tablecast_actors::{ClientConfig, ClientStatus, DiffOutcome, ServerConfig};
 
+use crate::connection::follow;
 use crate::{LONG, filled};
 
 const AT_ONCE: usize = 2;
@@ -55,10 +56,7 @@ async fn connected(followers: usize) -> (Addr<Server>, Vec<Addr<Client>>) {
     let (server, access) = serve(Slow(filled(1000)), config).await;
     let mut clients = Vec::new();
     for _ in 0..followers {
-        let replica = Replica::open(filled(500)).unwrap();
-        let client = Client::new(replica, access.clone(), ClientConfig::default()).start();
-        client.send(client::Ready).await.unwrap();
-        clients.push(client);
+        clients.push(follow(access.clone(), filled(500), ClientConfig::default()).await);
     }
     (server, clients)
 }

@@ -24,7 +24,11 @@ pub(crate) async fn serve_filled(
     store: MemoryStore,
     config: ServerConfig,
 ) -> (Endpoint, MemoryAccess) {
-    let table = Table::open(store, Limits::default()).unwrap();
+    serve_table(Table::open(store, Limits::default()).unwrap(), config).await
+}
+
+/// Its history begins here, if it has not begun.
+pub(crate) async fn serve_table(table: Table, config: ServerConfig) -> (Endpoint, MemoryAccess) {
     let endpoint = Endpoint::start_here(table, config);
     let (listener, access) = memory::pair();
     endpoint.listen(listener);
@@ -47,8 +51,18 @@ pub(crate) async fn follower(
     config: ClientConfig,
 ) -> (Addr<Client>, mpsc::UnboundedReceiver<DuplexStream>, DuplexStream) {
     let (access, mut connected) = by_hand();
-    let client = Client::new(Replica::open(store).unwrap(), access, config).start();
-    client.send(client::Ready).await.unwrap();
+    let client = follow(access, store, config).await;
     let stream = welcome(&mut connected).await;
     (client, connected, stream)
+}
+
+/// A follower that connects.
+pub(crate) async fn follow(
+    access: impl Access,
+    store: impl Store,
+    config: ClientConfig,
+) -> Addr<Client> {
+    let client = Client::new(Replica::open(store).unwrap(), access, config).start();
+    client.send(client::Ready).await.unwrap();
+    client
 }

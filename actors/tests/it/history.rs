@@ -1,15 +1,14 @@
 //! A history that began before its Server.
 
-use actix::prelude::*;
-use tablecast_actors::access::memory;
-use tablecast_actors::client::{self, Client, GetStatus, WaitFor};
+use tablecast_actors::client::{GetStatus, WaitFor};
 use tablecast_actors::protocol::{
-    Chain, Change, Epoch, Limits, MemoryStore, Position, Replica, Revision, Table,
+    Chain, Change, Epoch, Limits, MemoryStore, Position, Revision, Table,
 };
-use tablecast_actors::server::{Endpoint, Write};
+use tablecast_actors::server::Write;
 use tablecast_actors::{ClientConfig, ServerConfig};
 
 use crate::LONG;
+use crate::connection::{follow, serve_table};
 
 #[actix_rt::test]
 async fn it_goes_on_where_the_table_was_continued() {
@@ -20,12 +19,8 @@ async fn it_goes_on_where_the_table_was_continued() {
         if written {
             table.write(&[Change::write("early", "1")]).unwrap();
         }
-        let endpoint = Endpoint::start_here(table, ServerConfig::default());
-        let (listener, access) = memory::pair();
-        endpoint.listen(listener);
-        let replica = Replica::open(MemoryStore::new()).unwrap();
-        let client = Client::new(replica, access, ClientConfig::default()).start();
-        client.send(client::Ready).await.unwrap();
+        let (endpoint, access) = serve_table(table, ServerConfig::default()).await;
+        let client = follow(access, MemoryStore::new(), ClientConfig::default()).await;
         let write = Write(vec![Change::write("live", "2")]);
         let at = endpoint.server().send(write).await.unwrap().unwrap().position().unwrap();
         assert_eq!(at.revision, Revision(101 + u64::from(written)));

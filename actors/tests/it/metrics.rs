@@ -2,14 +2,13 @@
 
 use std::time::Duration;
 
-use actix::prelude::*;
 use metrics_exporter_prometheus::PrometheusBuilder;
-use tablecast_actors::client::{self, Client};
-use tablecast_actors::protocol::{MemoryStore, Replica};
+use tablecast_actors::client;
+use tablecast_actors::protocol::MemoryStore;
 use tablecast_actors::server::Stop;
 use tablecast_actors::{ClientConfig, ServerConfig};
 
-use crate::connection::serve;
+use crate::connection::{follow, serve};
 
 #[actix_rt::test]
 async fn nobody_is_connected_to_a_server_that_is_gone_or_ready_behind_its_end() {
@@ -18,9 +17,7 @@ async fn nobody_is_connected_to_a_server_that_is_gone_or_ready_behind_its_end() 
     let told = recorder.handle();
     let _here = metrics::set_default_local_recorder(&recorder);
     let (endpoint, access) = serve(ServerConfig::default()).await;
-    let replica = Replica::open(MemoryStore::new()).unwrap();
-    let client = Client::new(replica, access, ClientConfig::default()).start();
-    client.send(client::Ready).await.unwrap();
+    let client = follow(access, MemoryStore::new(), ClientConfig::default()).await;
     let gauges = ["server_followers", "client_connected", "client_ready"];
     let are = |value| {
         let told = told.render();

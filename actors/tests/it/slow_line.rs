@@ -9,12 +9,12 @@ use futures_util::future::{BoxFuture, join_all};
 use tablecast_actors::access::memory::MemoryAccess;
 use tablecast_actors::access::{Access, Stream};
 use tablecast_actors::client::{self, Client, GetStatus, WaitReady};
-use tablecast_actors::protocol::{Change, Key, MemoryStore, Replica, Value};
+use tablecast_actors::protocol::{Change, Key, MemoryStore, Value};
 use tablecast_actors::server::Write;
 use tablecast_actors::{ClientConfig, ClientStatus, DiffOutcome, ServerConfig, compute_here};
 use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream, ReadHalf, WriteHalf, split};
 
-use crate::connection::{serve, serve_filled};
+use crate::connection::{follow, serve, serve_filled};
 use crate::filled;
 
 /// What a line holds, whichever way.
@@ -73,11 +73,8 @@ fn pause() {
     compute_here();
 }
 
-async fn follow(line: SlowLine, store: MemoryStore) -> Addr<Client> {
-    let config = ClientConfig { mass_delete: None, ..ClientConfig::default() };
-    let client = Client::new(Replica::open(store).unwrap(), line, config).start();
-    client.send(client::Ready).await.unwrap();
-    client
+async fn over(line: SlowLine, store: MemoryStore) -> Addr<Client> {
+    follow(line, store, ClientConfig { mass_delete: None, ..ClientConfig::default() }).await
 }
 
 /// How it is when nothing is missing any more.
@@ -96,7 +93,7 @@ async fn a_large_value_comes_live_and_by_a_repair() {
     let large = |byte| Value::from(vec![byte; LARGE]);
     let store = [(Key::from("large"), large(0))].into_iter().collect();
     let (endpoint, server) = serve_filled(store, ServerConfig::default()).await;
-    let client = follow(SlowLine { server, up: FAST, down: SLOW }, MemoryStore::new()).await;
+    let client = over(SlowLine { server, up: FAST, down: SLOW }, MemoryStore::new()).await;
     assert_eq!(ready(&client).await.keys, 1);
     let written = endpoint.server().send(Write(vec![Change::write("live", large(1))])).await;
     let at = written.unwrap().unwrap().position().unwrap();
@@ -112,7 +109,7 @@ async fn what_is_on_its_way_is_waited_for_when_all_is_written() {
     let large = Value::from(vec![0; 1 << 20]);
     let store = [(Key::from("large"), large)].into_iter().collect();
     let (_endpoint, server) = serve_filled(store, ServerConfig::default()).await;
-    let client = follow(SlowLine { server, up: FAST, down: 8 << 10 }, MemoryStore::new()).await;
+    let client = over(SlowLine { server, up: FAST, down: 8 << 10 }, MemoryStore::new()).await;
     assert_eq!(ready(&client).await.keys, 1);
 }
 
@@ -123,7 +120,7 @@ async fn a_large_answer_is_waited_for_though_others_wait_for_the_place() {
     let config = ServerConfig { diffs_at_once: 1, ..ServerConfig::default() };
     let (_endpoint, server) = serve(config).await;
     let line = SlowLine { server, up: 8 << 10, down: FAST };
-    let clients = join_all((0..3).map(|_| follow(line.clone(), filled(20_000)))).await;
+    let clients = join_all((0..3).map(|_| over(line.clone(), filled(20_000)))).await;
     for status in join_all(clients.iter().map(ready)).await {
         assert_eq!(status.keys, 0);
         let Some(DiffOutcome::Done(diff)) = status.last_diff else { panic!() };

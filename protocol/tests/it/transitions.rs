@@ -2473,14 +2473,19 @@ fn twenty_keys() -> Table {
     table
 }
 
+/// What is asked for is read.
+fn read(end: &mut ServerEnd, table: &mut Table) {
+    let [Event::Read { found, from, max_bytes, .. }] = &end.events[..] else { panic!() };
+    let values = table.read(found, *from, *max_bytes);
+    end.act(|session| session.handle_values(DIFF, values));
+}
+
 /// Two repairs are not acknowledged, and the third is read.
 fn unacknowledged() -> ServerEnd {
     let mut table = twenty_keys();
     let mut end = found_all(&table);
     for _ in 0..3 {
-        let [Event::Read { found, from, max_bytes, .. }] = &end.events[..] else { panic!() };
-        let values = table.read(found, *from, *max_bytes);
-        end.act(|session| session.handle_values(DIFF, values));
+        read(&mut end, &mut table);
     }
     assert_eq!(end.events, []);
     end
@@ -2491,9 +2496,7 @@ fn a_diff_goes_on_for_as_long_as_something_happens() {
     let mut table = twenty_keys();
     let mut end = found_all(&table);
     for number in 1..15 {
-        let [Event::Read { found, from, max_bytes, .. }] = &end.events[..] else { panic!() };
-        let values = table.read(found, *from, *max_bytes);
-        end.act(|session| session.handle_values(DIFF, values));
+        read(&mut end, &mut table);
         let next = std::mem::take(&mut end.events);
         let now = Duration::from_secs(20) * number;
         end.session.handle_message(ToServer::Pong {}, now);
@@ -2527,9 +2530,7 @@ fn what_a_follower_says_in_a_diff_keeps_it_alive() {
     let mut table = table;
     let mut end = found_all(&table);
     for round in 0..5 {
-        let [Event::Read { found, from, max_bytes, .. }] = &end.events[..] else { panic!() };
-        let values = table.read(found, *from, *max_bytes);
-        end.act(|session| session.handle_values(DIFF, values));
+        read(&mut end, &mut table);
         let next = std::mem::take(&mut end.events);
         wait(&mut end, 40 * round);
         wait(&mut end, 40 * round + 20);

@@ -5,8 +5,10 @@ use std::time::Instant;
 
 use tablecast::Limits;
 use tablecast_actors::protocol::{Reason, ToClient, ToServer, wire};
+use tokio::io::AsyncWriteExt as _;
 
 use super::*;
+use crate::limits::read_message;
 
 /// An answer.
 #[derive(Debug)]
@@ -356,8 +358,8 @@ fn an_http_address_that_is_taken_is_exit_code_1() {
 
 /// Who asks how it is has an answer, and who is one too many hears that.
 #[cfg(target_os = "linux")]
-#[test]
-fn where_few_files_may_be_open_there_are_few_followers() {
+#[actix_rt::test]
+async fn where_few_files_may_be_open_there_are_few_followers() {
     let mut command = Command::new("sh");
     let limited = "ulimit -n 300; exec \"$0\" serve --listen 127.0.0.1:0 --http 127.0.0.1:0 --json";
     command.args(["-c", limited, env!("CARGO_BIN_EXE_tablecast")]);
@@ -370,14 +372,9 @@ fn where_few_files_may_be_open_there_are_few_followers() {
     let hello = wire::encode(&ToServer::hello("", &Limits::default(), None));
     let mut connected = Vec::new();
     for _ in 0..200 {
-        let mut stream = TcpStream::connect(listen).unwrap();
-        stream.set_read_timeout(Some(LONG)).unwrap();
-        stream.write_all(&hello).unwrap();
-        let mut header = [0; 4];
-        stream.read_exact(&mut header).unwrap();
-        let mut payload = vec![0; u32::from_be_bytes(header) as usize];
-        stream.read_exact(&mut payload).unwrap();
-        match wire::decode(&payload, &Limits::default()).unwrap() {
+        let mut stream = tokio::net::TcpStream::connect(listen).await.unwrap();
+        stream.write_all(&hello).await.unwrap();
+        match read_message(&mut stream).await.unwrap() {
             ToClient::Welcome { .. } => connected.push(stream),
             ToClient::Refuse { reason, .. } => {
                 assert_eq!(reason, Reason::Full);
